@@ -1,0 +1,43 @@
+//! Malha: a service-mesh control plane. An HTTPS admission webhook gives labelled pods a proxy sidecar, and an
+//! embedded certificate authority signs the SPIFFE identities those sidecars speak with.
+//!
+//! ```text
+//! AdmissionReview -> webhook -> inject -> JSON Patch
+//! CSR + token     -> signing -> ca     -> certificate chain
+//! tick            -> custody -> ca::rotation::step -> journal (Secret or file) -> everyone who holds an authority
+//! ```
+//!
+//! The order of the `mod` lines is the order of dependency: a room may use rooms above it, never below, and an
+//! adapter never another adapter (`bin/` and `cli/` join them). `tests/it/rooms.rs` keeps it so.
+
+// -- core: values in, values out; no socket, file, clock, generator or cluster client --
+#[cfg(feature = "controller")]
+pub mod ca;
+#[cfg(feature = "controller")]
+pub mod clock;
+#[cfg(feature = "controller")]
+pub mod config;
+#[cfg(feature = "controller")]
+pub mod identity;
+#[cfg(feature = "controller")]
+pub mod inject;
+
+// -- adapters: each owns one protocol or one outside thing, and calls the core --
+#[cfg(feature = "controller")]
+pub mod custody;
+#[cfg(feature = "controller")]
+pub mod k8s;
+#[cfg(feature = "controller")]
+pub mod signing;
+#[cfg(feature = "controller")]
+pub mod standalone;
+#[cfg(feature = "controller")]
+pub mod tls;
+#[cfg(feature = "controller")]
+pub mod webhook;
+
+// -- shell: the process and its verbs --
+#[cfg(feature = "controller")]
+pub mod cli;
+#[cfg(feature = "controller")]
+pub mod runtime;

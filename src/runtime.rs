@@ -1,0 +1,1 @@
+//! The process: owned tasks, shutdown, readiness, admin, telemetry.
