@@ -1,1 +1,105 @@
-//! One file per verb.
+//! The operator's verbs: one file per verb, and the conventions they share.
+//!
+//! argv -> [`Cli`] -> a verb's `run(args, &mut Terminal)` -> [`Exit`]
+//!
+//! Standard output carries the result and nothing else; hints, warnings and progress go to standard error.
+//! A verb returns its [`Exit`], or a [`Failure`] which names the object, the act, the reason and what to try.
+
+mod ca;
+mod cert;
+mod completions;
+mod documents;
+mod exit;
+mod explain;
+mod inject;
+mod serve;
+mod terminal;
+mod token;
+mod uninject;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use exit::{Exit, Failure};
+pub use terminal::Terminal;
+
+/// Runs the program: reads the command line, runs the verb, says what went wrong, and gives the exit code.
+pub fn main() -> ExitCode {
+    // kube's client takes the process' default provider; the first one installed stays.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(refused) => return usage(&refused).into(),
+    };
+    let mut terminal = Terminal::detect();
+    let end = cli.verb.run(&mut terminal);
+    terminal.finish(end).into()
+}
+
+/// Malha, a service mesh: sidecar injection and SPIFFE identities for Kubernetes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "malha",
+    version,
+    propagate_version = true,
+    max_term_width = 110
+)]
+#[command(
+    after_help = "Exit codes: 0 done; 1 a check failed or an object was denied; 2 only warnings, with --strict; \
+64 usage; 65 input that cannot be read or is not what it claims to be; 69 cluster or control plane not reachable; \
+70 a fault of malha's own; 75 lost every race for a write."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Serve(serve::Args),
+    Inject(inject::Args),
+    Uninject(uninject::Args),
+    Explain(explain::Args),
+    Cert(cert::Args),
+    Ca(ca::Args),
+    Token(token::Args),
+    Completions(completions::Args),
+}
+
+impl Verb {
+    fn run(self, terminal: &mut Terminal) -> Result<Exit, Failure> {
+        match self {
+            Self::Serve(args) => serve::run(args, terminal),
+            Self::Inject(args) => inject::run(args, terminal),
+            Self::Uninject(args) => uninject::run(args, terminal),
+            Self::Explain(args) => explain::run(args, terminal),
+            Self::Cert(args) => cert::run(args, terminal),
+            Self::Ca(args) => ca::run(args, terminal),
+            Self::Token(args) => token::run(args, terminal),
+            Self::Completions(args) => completions::run(args, terminal),
+        }
+    }
+}
+
+/// Prints what clap has to say. Help and version are results and end well; clap's own 2 for everything else is
+/// [`Exit::Usage`], because 2 means "only warnings" here.
+fn usage(said: &clap::Error) -> Exit {
+    // A reader that has gone away (`malha --help | head -1`) is no fault of ours.
+    let _ = said.print();
+    if said.use_stderr() {
+        Exit::Usage
+    } else {
+        Exit::Done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_tree_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,3 +1,7 @@
 //! `malha`: the control plane (`malha serve`) and the operator's verbs.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    malha::cli::main()
+}
