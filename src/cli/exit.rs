@@ -63,7 +63,7 @@ pub struct Failure {
 }
 
 /// Gives an error the code that a verb ends with.
-pub trait OrExit<T> {
+pub(super) trait OrExit<T> {
     /// `result`, or a [`Failure`] with this code.
     fn or_exit(self, exit: Exit) -> Result<T, Failure>;
 }

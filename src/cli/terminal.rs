@@ -17,7 +17,7 @@ pub struct Terminal {
 
 /// How a line of a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
+pub(super) enum Mark {
     /// `√`: in order.
     Pass,
     /// `‼`: worth knowing.
@@ -60,7 +60,7 @@ impl Terminal {
     }
 
     /// The mark, coloured; `ok`, `!`, `x` where the locale is not UTF-8.
-    pub fn mark(&self, mark: Mark) -> String {
+    pub(super) fn mark(&self, mark: Mark) -> String {
         let (utf8, ascii, colour) = match mark {
             Mark::Pass => ("√", "ok", AnsiColor::Green),
             Mark::Warn => ("‼", "!", AnsiColor::Yellow),
@@ -86,7 +86,7 @@ impl Terminal {
 }
 
 /// `text` in a style, which [`Terminal::result`] and [`Terminal::note`] drop where it is not wanted.
-pub fn paint(style: Style, text: &str) -> String {
+pub(super) fn paint(style: Style, text: &str) -> String {
     format!("{style}{text}{style:#}")
 }
 
