@@ -1,3 +1,9 @@
 //! Integration tests: one binary, one module a subject.
 
+#[path = "../support/dice.rs"]
+mod dice;
+#[path = "../support/pods.rs"]
+mod pods;
+mod pods_are_odd;
 mod rooms;
+mod support;
