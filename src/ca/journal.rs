@@ -6,6 +6,31 @@ use std::future::Future;
 #[derive(Clone, PartialEq)]
 pub struct Journal {}
 
+impl Journal {
+    /// Reads what a home holds and checks that it is a journal that can be worked with.
+    ///
+    /// # Errors
+    /// A format that this version does not know, or a broken invariant. Nothing may be written then.
+    pub fn from_json(_text: &[u8]) -> Result<Self, JournalError> {
+        unimplemented!()
+    }
+    /// The JSON text that a home keeps; wiped when dropped, for it holds the keys.
+    pub fn to_json(&self) -> zeroize::Zeroizing<Vec<u8>> {
+        unimplemented!()
+    }
+}
+
+/// Why a text is not a journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// Written by a newer version.
+    #[error("its format is {0}, this version knows format 1")]
+    UnknownFormat(u64),
+    /// Not what the format says.
+    #[error("{0}")]
+    Broken(String),
+}
+
 /// A journal as its home holds it.
 #[derive(Clone)]
 pub struct Stored {
