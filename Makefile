@@ -1,0 +1,92 @@
+# Every command that anyone types; CI calls only these. `make` alone lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+.SUFFIXES:
+
+CARGO  ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# State of `make run`; keep it and the next run goes on with the same authority.
+DIR    ?= $(TARGET)/mesh
+# Handed on: make run ARGS=--once, make test ARGS=rooms, make bench ARGS=inject
+ARGS   ?=
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- what must be there first; each line says how to get it --
+
+.PHONY: needs-rust needs-go needs-clients
+needs-rust:
+	@command -v $(CARGO) >/dev/null 2>&1 || { echo "make: Rust 1.89 or later is needed: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
+	@command -v cc >/dev/null 2>&1 || { echo "make: a C compiler is needed (for aws-lc): apt-get install gcc libc6-dev, or your system's like" >&2; exit 1; }
+
+needs-go:
+	@command -v go >/dev/null 2>&1 || { echo "make: Go 1.26 or later is needed to build the test cluster's programs: https://go.dev/dl" >&2; exit 1; }
+
+needs-clients:
+	@for program in curl openssl; do \
+		command -v $$program >/dev/null 2>&1 || { echo "make: $$program is needed: apt-get install $$program, or your system's like" >&2; exit 1; }; \
+	done
+
+# -- use --
+
+.PHONY: build run
+build: needs-rust ## Build the three programs into target/debug
+	$(CARGO) build --locked
+
+run: needs-rust needs-clients ## Start a control plane here and watch it work (no cluster, no root); ARGS=--once ends after the tour
+	@$(CARGO) build --locked --bin malha
+	@$(TARGET)/debug/malha tour --dir $(DIR) $(ARGS)
+
+.PHONY: release certs
+release: needs-rust ## Build the programs as they ship into target/release (slow)
+	$(CARGO) build --locked --release
+
+certs: needs-rust ## Make development certificates in certs/dev
+	$(CARGO) run --locked --quiet --example certs $(ARGS)
+
+# -- check --
+
+.PHONY: test test-unit test-cluster rig
+test: test-unit test-cluster ## Run every test, from nothing
+
+test-unit: needs-rust ## Run the tests that need no cluster
+	$(CARGO) test --locked --lib --bins --test it $(ARGS)
+
+test-cluster: needs-rust rig ## Run the tests on a real API server
+	$(CARGO) test --locked --test cluster $(ARGS)
+
+rig: needs-go ## Build etcd, kube-apiserver, kube-controller-manager and kubectl into the cache (once)
+	tests/cluster/programs/build
+
+.PHONY: lint fmt doc deny golden
+lint: needs-rust ## Format, clippy and documentation without a warning
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -Dwarnings
+	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --locked --no-deps --quiet
+
+fmt: needs-rust ## Format the code
+	$(CARGO) fmt
+
+doc: needs-rust ## Build the documentation of the rooms; target/doc/malha/index.html
+	$(CARGO) doc --locked --no-deps --document-private-items
+
+deny: needs-rust ## Check every crate's licence, source, doubles and known faults
+	@$(CARGO) deny --version >/dev/null 2>&1 || { echo "make: cargo-deny is needed: cargo install --locked cargo-deny" >&2; exit 1; }
+	$(CARGO) deny --all-features check bans licenses sources
+	$(CARGO) deny --all-features check advisories
+
+golden: needs-rust ## Write the golden files anew; read the difference like code
+	SNAPSHOTS=overwrite TRYCMD=overwrite $(CARGO) test --locked --lib --test it $(ARGS)
+
+.PHONY: bench manifests clean
+bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>
+	$(CARGO) bench --locked $(ARGS)
+
+manifests: ## Print what `kubectl apply -k manifests/base` applies
+	@command -v kubectl >/dev/null 2>&1 || { echo "make: kubectl is needed: https://kubernetes.io/docs/tasks/tools" >&2; exit 1; }
+	@kubectl kustomize manifests/base
+
+clean: ## Remove what the build made, the state of `make run` included
+	$(CARGO) clean
