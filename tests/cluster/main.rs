@@ -1,1 +1,5 @@
-//! Tests against a real API server.
+//! Tests against a real API server, in a binary of their own: `rig` starts it, the other modules each hold a subject.
+#![cfg(feature = "controller")]
+
+mod rig;
+mod rig_holds;
