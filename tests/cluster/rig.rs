@@ -68,7 +68,7 @@ pub(crate) async fn shared() -> Option<&'static Cluster> {
 }
 
 /// The programs, or a word on standard error about why this test is skipped.
-fn programs_or_skip() -> Option<Programs> {
+pub(crate) fn programs_or_skip() -> Option<Programs> {
     match Programs::find() {
         Ok(programs) => Some(programs),
         Err(error) if std::env::var_os("CI").is_some_and(|ci| !ci.is_empty() && ci != "false") => {

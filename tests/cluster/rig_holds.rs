@@ -1,9 +1,14 @@
 //! The rig itself: what every other test here leans on.
 
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 
 use crate::rig::{self, Cluster, Setup, TokenOf, eventually};
 
@@ -100,4 +105,75 @@ async fn a_cluster_outlives_the_death_of_its_api_server() {
         .kubectl(["get", "namespace", &namespace], None)
         .await;
     assert!(output.status.success(), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_of_a_cluster_whose_test_was_killed() {
+    if rig::programs_or_skip().is_none() {
+        return;
+    }
+    let mut test = Command::new(std::env::current_exe().expect("this test binary"))
+        .args([
+            "--ignored",
+            "--exact",
+            "--nocapture",
+            "rig_holds::hold_a_cluster_until_killed",
+        ])
+        .env_remove("MALHA_RIG_KEEP")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("this test binary starts");
+    let lines = BufReader::new(test.stdout.take().expect("stdout is piped")).lines();
+    let held = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.split_once("holding ").map(|(_, held)| held.to_owned()))
+        .expect("the other test holds a cluster");
+    let (group, dir) = held.split_once(' ').expect("a group and a directory");
+    let group = Pid::from_raw(-group.parse::<i32>().expect("a process group"));
+    assert!(
+        Path::new(dir).is_dir() && kill(group, None).is_ok(),
+        "it runs: {held}"
+    );
+
+    test.kill().expect("SIGKILL");
+    test.wait().expect("it is gone");
+
+    eventually(Duration::from_secs(5), "the end of its cluster", || async {
+        // Those that are dead but not yet reaped by PID 1 still count as members, so look at what they do.
+        let alive = members_alive(-group.as_raw());
+        match (alive, Path::new(dir).exists()) {
+            (0, false) => Ok(()),
+            (alive, dir) => Err(format!("{alive} processes alive, directory there: {dir}")),
+        }
+    })
+    .await;
+}
+
+/// Not a test: what [`nothing_is_left_of_a_cluster_whose_test_was_killed`] kills.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "runs inside nothing_is_left_of_a_cluster_whose_test_was_killed, and until it is killed"]
+async fn hold_a_cluster_until_killed() {
+    let cluster = Cluster::start(Setup::default())
+        .await
+        .expect("programs are built");
+    println!(
+        "holding {} {}",
+        cluster.janitor().group(),
+        cluster.dir().display()
+    );
+    std::future::pending::<()>().await;
+}
+
+/// How many processes of a group have not ended (`/proc/PID/stat`: pid (name) state ppid pgrp ..).
+fn members_alive(group: i32) -> usize {
+    let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+    processes
+        .filter_map(|process| std::fs::read_to_string(process.path().join("stat")).ok())
+        .filter(|stat| {
+            let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+            let mut fields = after_name.split_whitespace();
+            let state = fields.next();
+            state != Some("Z") && fields.nth(1) == Some(group.to_string().as_str())
+        })
+        .count()
 }

@@ -29,7 +29,7 @@ impl Janitor {
     pub(crate) fn hire(dir: &Path) -> Result<Self> {
         // The shell leads the group, and SIGKILL for the group would end it before it has removed anything; so
         // the work is done from a session of its own (`setsid` forks for the leader of a group).
-        let script = r#"read -r _; exec setsid sh -c 'kill -KILL -- "-$1"; [ -n "$3" ] || rm -rf -- "$2"' sh "$$" "$1" "$2""#;
+        let script = r#"read -r _; exec setsid sh -c 'kill -s KILL -- "-$1"; [ -n "$3" ] || rm -rf -- "$2"' sh "$$" "$1" "$2""#;
         let mut shell = Command::new("/bin/sh")
             .args(["-c", script, "janitor"])
             .arg(dir)
