@@ -2,22 +2,22 @@
 //!
 //! pod (raw JSON) + the entry that called + settings -> [`Answer`] { verdict, warnings }
 
+pub mod capture;
+pub mod quantity;
 pub mod reason;
 pub mod select;
+pub mod settings;
 
 use std::collections::BTreeMap;
 
 pub use reason::{DenyReason, Reason, SkipReason, Warning, WarningCode};
 pub use select::Entry;
+pub use settings::{InjectSettings, SettingsError};
 
 /// Operator's settings with everything that does not depend on a pod serialised beforehand.
 pub struct Injector {
     settings: InjectSettings,
 }
-
-/// What is injected and how, as typed data: `manifests/defaults/` merged with the operator's own.
-#[derive(Clone, Debug, Default)]
-pub struct InjectSettings {}
 
 /// What is known about a pod besides the pod.
 #[derive(Clone, Debug)]
@@ -54,6 +54,17 @@ pub struct Answer {
     pub verdict: Verdict,
     /// What its author should know.
     pub warnings: Vec<Warning>,
+}
+
+/// Why no decision about a pod is possible.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// Not UTF-8, of which JSON is made.
+    #[error("the pod is not UTF-8")]
+    NotUtf8(#[from] std::str::Utf8Error),
+    /// Not one JSON value, or a key that is read stands in it twice.
+    #[error("the pod is not readable as JSON")]
+    NotJson(#[from] serde_json::Error),
 }
 
 /// What the webhook answers for one pod.
@@ -106,10 +117,14 @@ impl Injector {
         &self.settings
     }
     /// Decides for one pod, given as the raw JSON of `request.object`.
-    pub fn inject(&self, _pod: &[u8], _call: &Call<'_>) -> Answer {
-        Answer {
+    ///
+    /// # Errors
+    /// When the bytes are not one JSON value, or a key that we read stands in it twice: the request is at fault, not
+    /// the pod.
+    pub fn inject(&self, _pod: &[u8], _call: &Call<'_>) -> Result<Answer, PodError> {
+        Ok(Answer {
             verdict: Verdict::Skip(SkipReason::NotSelected),
             warnings: Vec::new(),
-        }
+        })
     }
 }
