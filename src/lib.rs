@@ -12,32 +12,32 @@
 
 // -- core: values in, values out; no socket, file, clock, generator or cluster client --
 #[cfg(feature = "controller")]
-pub mod ca;
-#[cfg(feature = "controller")]
 pub mod clock;
-#[cfg(feature = "controller")]
-pub mod config;
 #[cfg(feature = "controller")]
 pub mod identity;
 #[cfg(feature = "controller")]
 pub mod inject;
+#[cfg(feature = "controller")]
+pub mod ca;
+#[cfg(feature = "controller")]
+pub mod config;
 
 // -- adapters: each owns one protocol or one outside thing, and calls the core --
+#[cfg(feature = "controller")]
+pub mod tls;
+#[cfg(feature = "controller")]
+pub mod webhook;
+#[cfg(feature = "controller")]
+pub mod signing;
 #[cfg(feature = "controller")]
 pub mod custody;
 #[cfg(feature = "controller")]
 pub mod k8s;
 #[cfg(feature = "controller")]
-pub mod signing;
-#[cfg(feature = "controller")]
 pub mod standalone;
-#[cfg(feature = "controller")]
-pub mod tls;
-#[cfg(feature = "controller")]
-pub mod webhook;
 
 // -- shell: the process and its verbs --
 #[cfg(feature = "controller")]
-pub mod cli;
-#[cfg(feature = "controller")]
 pub mod runtime;
+#[cfg(feature = "controller")]
+pub mod cli;
