@@ -1,1 +1,446 @@
-//! signing.
+//! Signs certificates for callers that prove who they are.
+//!
+//! token -> [`Authenticate`] -> caller -> rate limits -> CSR -> [`Authority::issue`] -> chain, bundle, audit record
+//!
+//! [`Signing`] is the service and knows no protocol; [`router`] speaks JSON over HTTP for it, and another protocol
+//! would stand beside it. A request comes in two steps, [`Signing::admit`] for the credential and [`Admitted::certify`]
+//! for the CSR, so that nothing of a body is read before its sender is known.
+
+mod answers;
+mod audit;
+mod gate;
+mod http;
+mod metrics;
+mod rates;
+mod refusal;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use aws_lc_rs::{digest, rand};
+use jiff::{SignedDuration, Timestamp};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::Instant,
+};
+
+use self::{
+    answers::{Answer, Answers, Question},
+    audit::Act,
+    rates::Rates,
+};
+pub use self::{
+    audit::{Audit, AuditError, verify_chain},
+    gate::{Fault, Gate},
+    http::router,
+    metrics::Metrics,
+    rates::Rate,
+    refusal::{Outcome, Refusal},
+};
+use crate::{
+    ca::{
+        Authority, LeafPolicy, Serial,
+        caller::{Authenticate, Caller, CallerError, Class},
+        csr::{Csr, KeyPolicy},
+        profile::Profile,
+    },
+    clock::Clock,
+};
+
+/// What one signer may hold and how fast one caller may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests under way at once; one more is answered `QueueFull`. A request whose caller has gone gives its place
+    /// back at once, so that nobody waits behind the abandoned.
+    pub entries: usize,
+    /// How long a request may have been under way before it is no longer worth its signature: a client's own deadline
+    /// is over by then, and its retry is on the way.
+    pub patience: Duration,
+    /// Bytes of a request's body. A CSR may have 16 KiB, and JSON escapes some of them.
+    pub body: usize,
+    /// For each pod.
+    pub per_pod: Rate,
+    /// For each service account; its replicas share it.
+    pub per_account: Rate,
+    /// Pods, and service accounts, whose rates are remembered at once.
+    pub rates: usize,
+    /// Answers remembered for repeated requests, at about 1 KiB each.
+    pub answers: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            entries: 4096,
+            patience: Duration::from_secs(10),
+            body: 64 * 1024,
+            per_pod: Rate {
+                per_second: 1,
+                burst: 10,
+            },
+            per_account: Rate {
+                per_second: 200,
+                burst: 1000,
+            },
+            rates: 65_536,
+            answers: 32_768,
+        }
+    }
+}
+
+/// The signing service.
+pub struct Signing<A> {
+    authority: Box<dyn Fn() -> Arc<Authority> + Send + Sync>,
+    authenticate: A,
+    leaf: LeafPolicy,
+    keys: KeyPolicy,
+    limits: Limits,
+    gate: Gate,
+    clock: Clock,
+    metrics: Metrics,
+    audit: Audit,
+    entries: Semaphore,
+    rates: Rates,
+    answers: Answers,
+}
+
+/// A certificate and what its holder needs with it.
+#[derive(Clone, Debug)]
+pub struct Granted {
+    /// Whose it is.
+    pub caller: Caller,
+    /// The serial number.
+    pub serial: Serial,
+    /// Leaf first, DER, without the root.
+    pub chain: Vec<Vec<u8>>,
+    /// PEM of all roots to trust.
+    pub trust_bundle: String,
+    /// Not before.
+    pub not_before: Timestamp,
+    /// Not after.
+    pub not_after: Timestamp,
+    /// When to ask for the next one.
+    pub renew_at: Timestamp,
+}
+
+/// A CSR as it was sent.
+#[derive(Clone, Copy, Debug)]
+pub enum Encoded<'a> {
+    /// One PEM block.
+    Pem(&'a [u8]),
+    /// DER.
+    Der(&'a [u8]),
+}
+
+impl<A: Authenticate> Signing<A> {
+    /// A service that signs with whatever authority is current at each request.
+    pub fn new(
+        authority: impl Fn() -> Arc<Authority> + Send + Sync + 'static,
+        authenticate: A,
+        leaf: LeafPolicy,
+        limits: Limits,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            authority: Box::new(authority),
+            authenticate,
+            leaf,
+            keys: KeyPolicy::default(),
+            limits,
+            gate: Gate::default(),
+            audit: Audit::new(String::new()),
+            clock,
+            metrics,
+            entries: Semaphore::new(limits.entries),
+            rates: Rates::new(&limits),
+            answers: Answers::new(limits.answers),
+        }
+    }
+
+    /// Accepts other kinds of keys than the default.
+    #[must_use]
+    pub fn with_keys(self, keys: KeyPolicy) -> Self {
+        Self { keys, ..self }
+    }
+
+    /// Lets somebody else close the service (clock, shutdown).
+    #[must_use]
+    pub fn with_gate(self, gate: Gate) -> Self {
+        Self { gate, ..self }
+    }
+
+    /// Names this process in the audit records.
+    #[must_use]
+    pub fn with_audit(self, audit: Audit) -> Self {
+        Self { audit, ..self }
+    }
+
+    /// The trust set, PEM.
+    pub fn trust_bundle(&self) -> String {
+        (self.authority)().bundle().to_pem()
+    }
+
+    /// Decides who is calling and whether it may ask now.
+    ///
+    /// # Errors
+    /// Every refusal was counted and audited when it is returned.
+    pub async fn admit(
+        &self,
+        token: Result<&str, CallerError>,
+        peer: Option<SocketAddr>,
+    ) -> Result<Admitted<'_, A>, Refusal> {
+        let since = Instant::now();
+        let now = self.clock.now();
+        let refuse = |refusal| self.refuse(refusal, now, peer, None, None);
+        if let Err(fault) = self.gate.check() {
+            return Err(refuse(Refusal::Closed(fault)));
+        }
+        let Ok(permit) = self.entries.try_acquire() else {
+            return Err(refuse(Refusal::QueueFull));
+        };
+        let entry = Entry {
+            _permit: permit,
+            _counted: self.metrics.enter(),
+        };
+        let token = token.map_err(|e| refuse(Refusal::Caller(e)))?;
+        let caller = match self.authenticate.authenticate(token, now).await {
+            Ok(caller) => {
+                self.metrics.token(caller.method, "ok");
+                caller
+            }
+            Err(denial) => {
+                let result = match denial.error.class() {
+                    Class::Unauthenticated => "denied",
+                    Class::Unavailable => "error",
+                };
+                self.metrics.token(denial.method, result);
+                return Err(refuse(Refusal::Caller(denial.error)));
+            }
+        };
+        let admitted = Admitted {
+            signing: self,
+            caller,
+            token: sha256(token),
+            entry,
+            since,
+            peer,
+        };
+        match self.rates.take(&admitted.caller, since) {
+            Ok(()) => Ok(admitted),
+            Err(limited) => Err(admitted.refuse(limited)),
+        }
+    }
+
+    fn refuse(
+        &self,
+        refusal: Refusal,
+        now: Timestamp,
+        peer: Option<SocketAddr>,
+        caller: Option<&Caller>,
+        csr: Option<&[u8; 32]>,
+    ) -> Refusal {
+        self.metrics.csr(refusal.outcome().as_str(), refusal.code());
+        self.audit
+            .record(now, peer, caller, csr, &Act::Refused(&refusal));
+        refusal
+    }
+}
+
+/// A caller that may ask, holding its place in the queue until this is dropped.
+pub struct Admitted<'a, A> {
+    signing: &'a Signing<A>,
+    caller: Caller,
+    token: [u8; 32],
+    #[expect(dead_code, reason = "a place in the queue, given back by its drop")]
+    entry: Entry<'a>,
+    since: Instant,
+    peer: Option<SocketAddr>,
+}
+
+struct Entry<'a> {
+    _permit: SemaphorePermit<'a>,
+    _counted: metrics::Entered,
+}
+
+impl<A: Authenticate> Admitted<'_, A> {
+    /// Who it is.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// Refuses what came after the credential.
+    pub fn refuse(&self, refusal: Refusal) -> Refusal {
+        let now = self.signing.clock.now();
+        self.signing
+            .refuse(refusal, now, self.peer, Some(&self.caller), None)
+    }
+
+    /// Signs, or hands out again what was signed for this very request within the last minute.
+    ///
+    /// # Errors
+    /// Every refusal was counted and audited when it is returned.
+    pub fn certify(
+        &self,
+        encoded: Encoded<'_>,
+        asked: Option<Duration>,
+    ) -> Result<Granted, Refusal> {
+        let signing = self.signing;
+        let now = signing.clock.now();
+        let csr = sha256(encoded.bytes());
+        let refuse =
+            |refusal| signing.refuse(refusal, now, self.peer, Some(&self.caller), Some(&csr));
+        let asked = signing.life(asked).map_err(refuse)?;
+        if self.since.elapsed() > signing.limits.patience {
+            return Err(refuse(Refusal::QueueFull));
+        }
+        if let Err(fault) = signing.gate.check() {
+            return Err(refuse(Refusal::Closed(fault)));
+        }
+        let authority = (signing.authority)();
+        let question = Question::new(&self.token, &csr, asked);
+        let _only_one = signing.answers.hold(&question);
+        if let Some(answer) = signing.answers.find(&question, &authority, self.since) {
+            let granted = self.grant(&authority, answer);
+            signing.metrics.csr(Outcome::Issued.as_str(), "Repeated");
+            signing.audit.record(
+                now,
+                self.peer,
+                Some(&self.caller),
+                Some(&csr),
+                &Act::Repeated(&granted),
+            );
+            return Ok(granted);
+        }
+        let answer = self
+            .issue(encoded, asked, &authority, &csr, now)
+            .map_err(refuse)?;
+        signing
+            .answers
+            .keep(question, &authority, &answer, self.since);
+        signing.metrics.issued("New", self.since.elapsed());
+        Ok(self.grant(&authority, answer))
+    }
+
+    /// The chain is not verified again before it goes out. The authority was, once, when it was published, with a leaf
+    /// of its own; each leaf differs from that one by values that are set here and not parsed from anywhere, and a
+    /// signature that is made and not checked costs a quarter of one that is. What is left is to check the CSR and to
+    /// sign, which is all the work that nobody could leave out.
+    fn issue(
+        &self,
+        encoded: Encoded<'_>,
+        asked: Duration,
+        authority: &Arc<Authority>,
+        csr_hash: &[u8; 32],
+        now: Timestamp,
+    ) -> Result<Answer, Refusal> {
+        let signing = self.signing;
+        let csr = match encoded {
+            Encoded::Pem(text) => Csr::parse_pem(text, signing.keys),
+            Encoded::Der(der) => Csr::parse_der(der, signing.keys),
+        }
+        .map_err(Refusal::Csr)?;
+        if csr.asks_beyond(&self.caller.identity) {
+            signing.metrics.surplus();
+        }
+        let dice = Dice::throw()?;
+        let issued = authority
+            .issue(
+                &csr.public_key,
+                &Profile::Workload(self.caller.identity.clone()),
+                granted_life(asked, signing.leaf.min, dice.life),
+                Serial::for_workload(now, dice.serial),
+                now,
+            )
+            .map_err(Refusal::Authority)?;
+        let renew_at = renew_at(now, issued.validity.not_after, dice.renewal);
+        let key = csr.public_key.key_id();
+        signing.audit.record(
+            now,
+            self.peer,
+            Some(&self.caller),
+            Some(csr_hash),
+            &Act::Issued {
+                issued: &issued,
+                key: &key,
+                issuer: authority.issuer_key_id(),
+            },
+        );
+        Ok(Answer::new(issued, renew_at))
+    }
+
+    fn grant(&self, authority: &Authority, answer: Answer) -> Granted {
+        Granted {
+            caller: self.caller.clone(),
+            serial: answer.serial,
+            trust_bundle: authority.bundle().to_pem(),
+            not_before: answer.validity.not_before,
+            not_after: answer.validity.not_after,
+            renew_at: answer.renew_at,
+            chain: answer.into_chain(),
+        }
+    }
+}
+
+impl<A> Signing<A> {
+    fn life(&self, asked: Option<Duration>) -> Result<Duration, Refusal> {
+        let LeafPolicy { default, min, max } = self.leaf;
+        match asked {
+            None => Ok(default),
+            Some(asked) if (min..=max).contains(&asked) => Ok(asked),
+            Some(_) => Err(Refusal::TtlOutOfRange { min, max }),
+        }
+    }
+}
+
+impl<'a> Encoded<'a> {
+    fn bytes(self) -> &'a [u8] {
+        match self {
+            Self::Pem(bytes) | Self::Der(bytes) => bytes,
+        }
+    }
+}
+
+/// The randomness of one certificate, thrown together.
+struct Dice {
+    serial: [u8; 12],
+    life: f64,
+    renewal: f64,
+}
+
+impl Dice {
+    fn throw() -> Result<Self, Refusal> {
+        let mut serial = [0; 12];
+        let mut fractions = [[0; 4]; 2];
+        rand::fill(&mut serial)
+            .and_then(|()| rand::fill(fractions.as_flattened_mut()))
+            .map_err(|_| Refusal::NoRandomness)?;
+        let [life, renewal] =
+            fractions.map(|bytes| f64::from(u32::from_ne_bytes(bytes)) / f64::from(u32::MAX));
+        Ok(Self {
+            serial,
+            life,
+            renewal,
+        })
+    }
+}
+
+/// Between 90 and 100 % of what was asked, so that pods that started together do not renew together for ever; in whole
+/// seconds, as certificates count.
+fn granted_life(asked: Duration, min: Duration, dice: f64) -> Duration {
+    let granted = asked.mul_f64(0.9 + 0.1 * dice);
+    Duration::from_secs(granted.as_secs()).max(min)
+}
+
+/// Between 45 and 55 % of what is left: with 24 h leaves a dead control plane may stay dead for about 11 h before the
+/// first leaf expires.
+fn renew_at(now: Timestamp, not_after: Timestamp, dice: f64) -> Timestamp {
+    let left = not_after.duration_since(now).max(SignedDuration::ZERO);
+    let wait = SignedDuration::from_secs(left.mul_f64(0.45 + 0.1 * dice).as_secs());
+    now.checked_add(wait).unwrap_or(not_after)
+}
+
+fn sha256(bytes: impl AsRef<[u8]>) -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest::digest(&digest::SHA256, bytes.as_ref()).as_ref());
+    hash
+}

@@ -1,0 +1,308 @@
+//! The signing service over HTTP, for curl, cron and everything that speaks no gRPC.
+//!
+//! `POST /v1/certificates`: bearer token and a CSR, as `application/json` (`{"csr": PEM, "ttl_seconds": 3600}`, where
+//! any other field is refused: a misspelt `ttl` that is silently ignored costs somebody a night) or by itself as
+//! `application/pkcs10` (DER as RFC 5967 has it, or PEM). 201 with the chain and the bundle, or a problem (RFC 9457).
+//!
+//! `GET /v1/bundle`: the trust bundle, PEM. It is public, so no credential is asked for.
+
+use std::{borrow::Cow, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header},
+    routing::{get, post},
+};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::{Deserialize, Serialize};
+
+use super::{Admitted, Encoded, Granted, Outcome, Refusal, Signing};
+use crate::ca::caller::{Authenticate, CallerError};
+
+/// How long a body may take. A CSR fits into two packets.
+const BODY_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The two resources; everything else is 404 or 405, also as a problem.
+pub fn router<A: Authenticate>(signing: Arc<Signing<A>>) -> Router {
+    Router::new()
+        .route(
+            "/v1/certificates",
+            post(certificates::<A>).fallback(method_not_allowed),
+        )
+        .route("/v1/bundle", get(bundle::<A>).fallback(method_not_allowed))
+        .fallback(not_found)
+        .with_state(signing)
+}
+
+async fn bundle<A: Authenticate>(State(signing): State<Arc<Signing<A>>>) -> Response<Body> {
+    // RFC 8555 9.1 registers the type for PEM texts of certificates
+    let kind = HeaderValue::from_static("application/pem-certificate-chain");
+    answer(StatusCode::OK, kind, signing.trust_bundle())
+}
+
+async fn certificates<A: Authenticate>(
+    State(signing): State<Arc<Signing<A>>>,
+    request: Request,
+) -> Response<Body> {
+    match certify(&signing, request).await {
+        Ok(granted) => {
+            let text = serde_json::to_string(&Certificate::of(&granted))
+                .expect("a certificate's answer is texts");
+            answer(
+                StatusCode::CREATED,
+                HeaderValue::from_static("application/json"),
+                text,
+            )
+        }
+        Err(refusal) => problem(&refusal),
+    }
+}
+
+async fn certify<A: Authenticate>(
+    signing: &Signing<A>,
+    request: Request,
+) -> Result<Granted, Refusal> {
+    let (head, body) = request.into_parts();
+    let peer = head
+        .extensions
+        .get::<ConnectInfo<SocketAddr>>()
+        .map(|info| info.0);
+    let admitted = signing.admit(bearer(&head.headers), peer).await?;
+    let kind = Kind::of(&head.headers).map_err(|e| admitted.refuse(e))?;
+    let body = read(body, signing.limits.body)
+        .await
+        .map_err(|e| admitted.refuse(e))?;
+    match kind {
+        Kind::Json => certify_json(&admitted, &body),
+        Kind::Pkcs10 => admitted.certify(encoded(&body), None),
+    }
+}
+
+fn certify_json<A: Authenticate>(
+    admitted: &Admitted<'_, A>,
+    body: &[u8],
+) -> Result<Granted, Refusal> {
+    let asked: Asked<'_> = serde_json::from_slice(body).map_err(|e| {
+        admitted.refuse(Refusal::BadRequest(format!(
+            "the body is not what it should be: {e}"
+        )))
+    })?;
+    let life = match asked.ttl_seconds {
+        None => None,
+        // below zero or beyond 64 bits: outside of any bounds
+        Some(seconds) => Some(Duration::from_secs(seconds.as_u64().unwrap_or(u64::MAX))),
+    };
+    admitted.certify(Encoded::Pem(asked.csr.as_bytes()), life)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked<'a> {
+    #[serde(borrow)]
+    csr: Cow<'a, str>,
+    ttl_seconds: Option<serde_json::Number>,
+}
+
+/// RFC 6750 2.1; the scheme's case does not matter (RFC 9110 11.1).
+fn bearer(headers: &HeaderMap) -> Result<&str, CallerError> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let value = values.next().ok_or(CallerError::NoCredential)?;
+    if values.next().is_some() {
+        return Err(CallerError::TokenInvalid(
+            "there are two Authorization headers".to_owned(),
+        ));
+    }
+    let text = value
+        .to_str()
+        .map_err(|_| CallerError::TokenInvalid("it is not ASCII".to_owned()))?;
+    match text.trim().split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim()),
+        Some(_) | None => Err(CallerError::NoCredential),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Json,
+    Pkcs10,
+}
+
+impl Kind {
+    fn of(headers: &HeaderMap) -> Result<Self, Refusal> {
+        let value = headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok());
+        let essence = value
+            .and_then(|value| value.split(';').next())
+            .unwrap_or_default()
+            .trim();
+        if essence.eq_ignore_ascii_case("application/json") {
+            Ok(Self::Json)
+        } else if essence.eq_ignore_ascii_case("application/pkcs10") {
+            Ok(Self::Pkcs10)
+        } else {
+            Err(Refusal::UnsupportedMediaType)
+        }
+    }
+}
+
+/// A DER SEQUENCE begins with 0x30, which as text would be the digit 0; no PEM block begins so.
+fn encoded(body: &[u8]) -> Encoded<'_> {
+    match body.first() {
+        Some(0x30) => Encoded::Der(body),
+        Some(_) | None => Encoded::Pem(body),
+    }
+}
+
+async fn read(body: Body, limit: usize) -> Result<Bytes, Refusal> {
+    let collected = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await;
+    match collected {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Refusal::BodyTooLarge(limit)),
+        Ok(Err(e)) => Err(Refusal::BadRequest(format!(
+            "the body could not be read: {e}"
+        ))),
+        Err(_) => Err(Refusal::BadRequest(
+            "the body took too long to arrive".to_owned(),
+        )),
+    }
+}
+
+#[derive(Serialize)]
+struct Certificate<'a> {
+    spiffe_id: String,
+    serial: String,
+    certificate_chain: String,
+    trust_bundle: &'a str,
+    not_before: String,
+    not_after: String,
+    renew_at: String,
+}
+
+impl<'a> Certificate<'a> {
+    fn of(granted: &'a Granted) -> Self {
+        Self {
+            spiffe_id: granted.caller.identity.to_string(),
+            serial: granted.serial.to_string(),
+            certificate_chain: granted
+                .chain
+                .iter()
+                .map(|der| pem_certificate(der))
+                .collect(),
+            trust_bundle: &granted.trust_bundle,
+            not_before: granted.not_before.to_string(),
+            not_after: granted.not_after.to_string(),
+            renew_at: granted.renew_at.to_string(),
+        }
+    }
+}
+
+/// RFC 7468 2: lines of 64 characters.
+fn pem_certificate(der: &[u8]) -> String {
+    let text = STANDARD.encode(der);
+    let lines = text
+        .as_bytes()
+        .chunks(64)
+        .map(|line| String::from_utf8_lossy(line) + "\n");
+    let body: String = lines.collect();
+    format!("-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n")
+}
+
+/// RFC 9457.
+#[derive(Serialize)]
+struct Problem<'a> {
+    r#type: String,
+    title: &'a str,
+    status: u16,
+    detail: &'a str,
+    code: &'a str,
+}
+
+fn problem(refusal: &Refusal) -> Response<Body> {
+    let mut response = problem_response(status(refusal), refusal.code(), &refusal.client_text());
+    let headers = response.headers_mut();
+    if let Some(wait) = refusal.retry_after() {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs()));
+    }
+    if let Some(challenge) = challenge(refusal) {
+        headers.insert(
+            header::WWW_AUTHENTICATE,
+            HeaderValue::from_static(challenge),
+        );
+    }
+    response
+}
+
+fn status(refusal: &Refusal) -> StatusCode {
+    match refusal {
+        Refusal::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        Refusal::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        _ => match refusal.outcome() {
+            Outcome::Issued => StatusCode::CREATED,
+            Outcome::Invalid => StatusCode::BAD_REQUEST,
+            Outcome::Denied => StatusCode::UNAUTHORIZED,
+            Outcome::Throttled => StatusCode::TOO_MANY_REQUESTS,
+            // what time can heal says when to come back; the rest is a fault of ours
+            Outcome::Error if refusal.retry_after().is_some() => StatusCode::SERVICE_UNAVAILABLE,
+            Outcome::Error => StatusCode::INTERNAL_SERVER_ERROR,
+        },
+    }
+}
+
+/// RFC 6750 3: a 401 says how to authenticate, and whether what was sent was wrong.
+fn challenge(refusal: &Refusal) -> Option<&'static str> {
+    match (refusal.outcome(), refusal) {
+        (Outcome::Denied, Refusal::Caller(CallerError::NoCredential)) => {
+            Some("Bearer realm=\"malha\"")
+        }
+        (Outcome::Denied, _) => Some("Bearer realm=\"malha\", error=\"invalid_token\""),
+        _ => None,
+    }
+}
+
+async fn not_found() -> Response<Body> {
+    problem_response(
+        StatusCode::NOT_FOUND,
+        "NotFound",
+        "there is POST /v1/certificates and GET /v1/bundle",
+    )
+}
+
+async fn method_not_allowed() -> Response<Body> {
+    problem_response(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "MethodNotAllowed",
+        "there is POST /v1/certificates and GET /v1/bundle",
+    )
+}
+
+fn problem_response(status: StatusCode, code: &str, detail: &str) -> Response<Body> {
+    let title = status.canonical_reason().unwrap_or_default();
+    let problem = Problem {
+        r#type: format!("urn:malha:problem:{code}"),
+        title,
+        status: status.as_u16(),
+        detail,
+        code,
+    };
+    let text = serde_json::to_string(&problem).expect("a problem is texts and a number");
+    answer(
+        status,
+        HeaderValue::from_static("application/problem+json"),
+        text,
+    )
+}
+
+fn answer(status: StatusCode, kind: HeaderValue, text: String) -> Response<Body> {
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
+    let fixed: [(HeaderName, HeaderValue); 2] = [
+        (header::CONTENT_TYPE, kind),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    ];
+    response.headers_mut().extend(fixed);
+    response
+}
