@@ -90,11 +90,11 @@ fn certify_json<A: Authenticate>(
             "the body is not what it should be: {e}"
         )))
     })?;
-    let life = match asked.ttl_seconds {
-        None => None,
-        // below zero or beyond 64 bits: outside of any bounds
-        Some(seconds) => Some(Duration::from_secs(seconds.as_u64().unwrap_or(u64::MAX))),
-    };
+    // below zero, with a fraction, or beyond 64 bits: outside of any bounds
+    let seconds = asked
+        .ttl_seconds
+        .map(|seconds| seconds.as_u64().unwrap_or(u64::MAX));
+    let life = seconds.map(Duration::from_secs);
     admitted.certify(Encoded::Pem(asked.csr.as_bytes()), life)
 }
 

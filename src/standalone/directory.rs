@@ -1,0 +1,98 @@
+//! The directory: opened once, then handed to whoever keeps something in it.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    DirectoryError,
+    files::{self, Access, Lock},
+};
+use crate::ca::bundle::Bundle;
+
+/// A directory that only its owner can look into. Clones are the same directory.
+#[derive(Clone, Debug)]
+pub struct Directory(Arc<PathBuf>);
+
+impl Directory {
+    /// Makes it where there is none, and looks whether what is there is safe to use.
+    ///
+    /// # Errors
+    /// In words that say what to do: somebody else's directory, or one whose secrets others could read.
+    pub fn open(path: &Path) -> Result<Self, DirectoryError> {
+        files::private_directory(path)?;
+        // a later change of the working directory must not change what is meant
+        let path = path.canonicalize().map_err(files::failed("find", path))?;
+        let directory = Self(Arc::new(path));
+        directory.clean()?;
+        for secret in [directory.journal(), directory.token_key()] {
+            files::read_secret(&secret)?;
+        }
+        Ok(directory)
+    }
+
+    /// The absolute path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Where the trust bundle is written.
+    pub fn bundle(&self) -> PathBuf {
+        self.0.join("bundle.pem")
+    }
+
+    /// Writes the trust bundle beside the journal, where curl's `--cacert` and `openssl verify` find it. It is also the
+    /// proof that there was a journal, should that be lost; so it is written after the journal was.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn write_bundle(&self, bundle: &Bundle) -> Result<(), DirectoryError> {
+        let pem = bundle.to_pem();
+        files::replace(
+            &self.bundle(),
+            pem.as_bytes(),
+            Access::Public,
+            &self.lock()?,
+        )
+    }
+
+    /// Makes this process the one that serves the directory, until the answer is dropped or the process ends.
+    ///
+    /// # Errors
+    /// [`DirectoryError::AlreadyServed`].
+    pub fn serve(&self) -> Result<Serving, DirectoryError> {
+        match Lock::at_once(&self.0.join("serve.lock"))? {
+            Some(lock) => Ok(Serving { _lock: lock }),
+            None => Err(DirectoryError::AlreadyServed(self.0.to_path_buf())),
+        }
+    }
+
+    pub(super) fn journal(&self) -> PathBuf {
+        self.0.join("journal.json")
+    }
+
+    pub(super) fn token_key(&self) -> PathBuf {
+        self.0.join("token-key.pem")
+    }
+
+    /// The turn to write. Blocks for as long as another process writes.
+    pub(super) fn lock(&self) -> Result<Lock, DirectoryError> {
+        Lock::wait(&self.0.join("lock"))
+    }
+
+    /// What a process left behind that was killed while it wrote: half a file, perhaps with half a key in it.
+    fn clean(&self) -> Result<(), DirectoryError> {
+        let _held = self.lock()?;
+        for path in [self.journal(), self.token_key(), self.bundle()] {
+            files::remove_leftover(&path)?;
+        }
+        Ok(())
+    }
+}
+
+/// The right to serve a directory.
+#[derive(Debug)]
+pub struct Serving {
+    _lock: Lock,
+}
