@@ -1,1 +1,13 @@
-//! The process: owned tasks, shutdown, readiness, admin, telemetry.
+//! The process: owned tasks, shutdown, readiness, the admin port, telemetry, the real clock.
+//!
+//! signals -> [`shutdown::Shutdown`] -> everyone's `CancellationToken`; [`tasks::Tasks`] -> who ended first;
+//! [`readiness::Readiness`] + metrics -> [`admin::Admin`]
+
+pub mod admin;
+pub mod clock;
+pub mod hardening;
+pub mod metrics;
+pub mod readiness;
+pub mod shutdown;
+pub mod tasks;
+pub mod telemetry;

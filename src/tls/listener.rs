@@ -1,0 +1,480 @@
+//! A listener: the port is taken first, then it serves until it is told to stop and has drained.
+//!
+//! socket -> place among the [`Connections`] -> handshake -> HTTP/1.1 or HTTP/2 -> the `Router`
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::pin::pin;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use futures::FutureExt;
+use hyper::body::{Body as _, Incoming};
+use hyper::header::{CONNECTION, HeaderValue};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper::{Request, Response, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use rustls::server::Acceptor;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt;
+
+use crate::tls::connections::{Connection, Connections, Room, Seat, Stage};
+use crate::tls::watched::{WatchedBody, WatchedStream};
+use crate::tls::{Alpn, Metrics, ServingCertificate, TlsError, server_config};
+
+/// What a peer may take of a listener.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections open at once. When a further one comes, the one whose peer makes us wait longest is closed, else the
+    /// one that has been idle longest.
+    pub connections: usize,
+    /// From the connection to the end of the TLS handshake.
+    pub handshake: Duration,
+    /// From the handshake to the end of the first request's head; later, from a head's first byte to its end.
+    pub head: Duration,
+    /// A request's head, in bytes.
+    pub head_bytes: usize,
+    /// From an HTTP/1.1 request's head to its answer, and at most this long for its body. A service may have closer
+    /// limits of its own. Streams of HTTP/2 are bounded by their service alone.
+    pub request: Duration,
+    /// Between two requests.
+    pub idle: Duration,
+    /// What every connection is granted before it may be closed for a newcomer.
+    pub grace: Duration,
+    /// How long what a peer still sends is read after the last answer, so that it is not cut off.
+    pub linger: Duration,
+    /// After the stop: how long new connections are still accepted, because others learn of the stop later than we do.
+    pub drain: Duration,
+    /// After that: how long open requests may still take.
+    pub finish: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 1_000,
+            handshake: Duration::from_secs(5),
+            head: Duration::from_secs(10),
+            head_bytes: 16 << 10,
+            request: Duration::from_secs(30),
+            idle: Duration::from_secs(90),
+            grace: Duration::from_millis(50),
+            linger: Duration::from_secs(2),
+            drain: Duration::from_secs(10),
+            finish: Duration::from_secs(8),
+        }
+    }
+}
+
+/// A port that is taken, and not served yet.
+pub struct Bound {
+    listener: TcpListener,
+    addr: SocketAddr,
+    tls: Option<Arc<ServerConfig>>,
+    limits: Limits,
+    metrics: Metrics,
+}
+
+impl Bound {
+    /// Takes the port of `addr` for TLS with whatever `certificate` holds at each handshake.
+    ///
+    /// # Errors
+    /// [`TlsError::Listen`] where the port cannot be had.
+    pub async fn new(
+        addr: SocketAddr,
+        certificate: Arc<ServingCertificate>,
+        alpn: Alpn,
+        limits: Limits,
+    ) -> Result<Self, TlsError> {
+        Self::take(addr, Some(server_config(certificate, alpn)), limits)
+    }
+
+    /// Takes the port of `addr` for plain HTTP/1.1: for what holds no secret, such as probes and metrics.
+    ///
+    /// # Errors
+    /// [`TlsError::Listen`] where the port cannot be had.
+    pub async fn plain(addr: SocketAddr, limits: Limits) -> Result<Self, TlsError> {
+        Self::take(addr, None, limits)
+    }
+
+    fn take(
+        addr: SocketAddr,
+        tls: Option<Arc<ServerConfig>>,
+        limits: Limits,
+    ) -> Result<Self, TlsError> {
+        let listen = || -> io::Result<(TcpListener, SocketAddr)> {
+            let socket = match addr {
+                SocketAddr::V4(_) => TcpSocket::new_v4()?,
+                SocketAddr::V6(_) => TcpSocket::new_v6()?,
+            };
+            // A restart must not wait for the last connections of the process before it.
+            socket.set_reuseaddr(true)?;
+            socket.bind(addr)?;
+            let listener = socket.listen(BACKLOG)?;
+            let addr = listener.local_addr()?;
+            Ok((listener, addr))
+        };
+        let (listener, addr) = listen().map_err(|source| TlsError::Listen { addr, source })?;
+        Ok(Self {
+            listener,
+            addr,
+            tls,
+            limits,
+            metrics: Metrics::default(),
+        })
+    }
+
+    /// Where it listens; the port is known even where port 0 was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// What it counts, to be registered.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Answers with `app` until `stop`, and then drains: answers carry `Connection: close`, new connections are still
+    /// accepted for [`Limits::drain`], and open requests may end within [`Limits::finish`]. Then the port is free.
+    pub async fn serve(self, app: Router, stop: CancellationToken) {
+        let Self {
+            listener,
+            addr,
+            tls,
+            limits,
+            metrics,
+        } = self;
+        let connections = Connections::new(limits.clone(), metrics.clone());
+        let server = Arc::new(Server {
+            app,
+            tls,
+            handshakes: Semaphore::new(handshakes_at_once()),
+            http1: http1(&limits),
+            http2: http2(&limits),
+            draining: stop,
+            finish: CancellationToken::new(),
+            metrics,
+        });
+        Accepting {
+            listener,
+            addr,
+            limits,
+            connections,
+            server,
+            tasks: TaskTracker::new(),
+        }
+        .run()
+        .await;
+    }
+}
+
+/// Connections that the kernel holds for us before they are accepted; it caps this at `net.core.somaxconn`.
+const BACKLOG: u32 = 4_096;
+
+/// Handshakes whose arithmetic may be queued on the runtime at once.
+///
+/// A handshake costs some hundred microseconds, a request less. With a thousand handshakes in the run queue a request on
+/// an open connection would wait behind all of them; so they wait in a queue of their own, and only a few are in the
+/// runtime's: enough to keep every core busy.
+fn handshakes_at_once() -> usize {
+    2 * available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+fn http1(limits: &Limits) -> http1::Builder {
+    let mut http1 = http1::Builder::new();
+    http1
+        // The listener has its own clock for heads; see `Connections::reap`.
+        .header_read_timeout(None)
+        .max_header_size(limits.head_bytes)
+        // Room for one head beside a first piece of a body; a longer head is refused at this size at the latest.
+        .max_buf_size(limits.head_bytes.max(16 << 10))
+        // A client that sends its request and closes its half still gets the answer.
+        .half_close(true);
+    http1
+}
+
+fn http2(limits: &Limits) -> http2::Builder<TokioExecutor> {
+    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    http2
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(100)
+        .max_header_list_size(u32::try_from(limits.head_bytes).unwrap_or(u32::MAX))
+        // Rapid reset (CVE-2023-44487): streams reset by the peer before we saw them, and by us for its errors.
+        .max_pending_accept_reset_streams(20)
+        .max_local_error_reset_streams(100)
+        .keep_alive_interval(Duration::from_secs(30))
+        .keep_alive_timeout(Duration::from_secs(20));
+    http2
+}
+
+/// The accept loop and what it owns.
+struct Accepting {
+    listener: TcpListener,
+    addr: SocketAddr,
+    limits: Limits,
+    connections: Arc<Connections>,
+    server: Arc<Server>,
+    tasks: TaskTracker,
+}
+
+impl Accepting {
+    async fn run(self) {
+        let stop = self.server.draining.clone();
+        self.accept_until(async { stop.cancelled().await }).await;
+        let last = Instant::now() + self.limits.drain;
+        tracing::debug!(addr = %self.addr, "draining: still accepting, every answer closes its connection");
+        self.accept_until(sleep_until(last)).await;
+        self.close().await;
+    }
+
+    async fn accept_until(&self, end: impl Future<Output = ()>) {
+        let mut end = pin!(end);
+        let mut watch = interval(WATCH);
+        watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut end => return,
+                _ = watch.tick(), if !self.connections.is_empty() => self.connections.reap(),
+                accepted = self.listener.accept() => match accepted {
+                    Ok((socket, _)) => self.admit(socket).await,
+                    Err(error) => self.endure(error).await,
+                },
+            }
+        }
+    }
+
+    /// Gives a new connection its place, or waits a moment until there is one: meanwhile others wait in the kernel.
+    async fn admit(&self, socket: TcpStream) {
+        let patience = Instant::now() + PATIENCE;
+        while self.connections.make_room() == Room::Full {
+            if Instant::now() > patience {
+                self.server.metrics.refused();
+                return;
+            }
+            sleep(Duration::from_millis(5)).await;
+            self.connections.reap();
+        }
+        self.connections.seat(|seat| {
+            let task = self
+                .tasks
+                .spawn(Arc::clone(&self.server).serve(socket, seat));
+            task.abort_handle()
+        });
+    }
+
+    /// An error of `accept` is a connection's own, or want of descriptors or memory: nothing that another try at once
+    /// would mend. One place is freed, and the loop takes a breath.
+    async fn endure(&self, error: io::Error) {
+        if is_the_connections_own(&error) {
+            return;
+        }
+        tracing::warn!(addr = %self.addr, %error, "cannot accept a connection; trying again");
+        self.connections.make_way();
+        sleep(Duration::from_millis(100)).await;
+    }
+
+    async fn close(self) {
+        // Whoever is in the kernel's queue was accepted by the kernel in our name; a closed listener would reset them.
+        while let Some(Ok((socket, _))) = self.listener.accept().now_or_never() {
+            self.admit(socket).await;
+        }
+        drop(self.listener);
+        self.server.finish.cancel();
+        self.tasks.close();
+        let finished = async {
+            let mut watch = interval(WATCH);
+            loop {
+                tokio::select! {
+                    () = self.tasks.wait() => return,
+                    _ = watch.tick() => self.connections.reap(),
+                }
+            }
+        };
+        if timeout(self.limits.finish, finished).await.is_err() {
+            let cut = self.connections.close_all();
+            tracing::warn!(addr = %self.addr, connections = cut, "not drained in time; connections are cut");
+            self.tasks.wait().await;
+        }
+        tracing::debug!(addr = %self.addr, "drained");
+    }
+}
+
+/// How often the connections are looked at: what a limit may be overrun by.
+const WATCH: Duration = Duration::from_millis(250);
+
+/// How long a newcomer waits for a place while none may be taken away.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+fn is_the_connections_own(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}
+
+/// What all connections of a listener share.
+struct Server {
+    app: Router,
+    tls: Option<Arc<ServerConfig>>,
+    handshakes: Semaphore,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+    /// Answers close their connection from here on.
+    draining: CancellationToken,
+    /// Connections between two requests close from here on.
+    finish: CancellationToken,
+    metrics: Metrics,
+}
+
+impl Server {
+    async fn serve(self: Arc<Self>, socket: TcpStream, seat: Seat) {
+        let connection = seat.connection();
+        // Answers are small and awaited: Nagle's algorithm would hold them back for the peer's acknowledgement.
+        let _ = socket.set_nodelay(true);
+        let Some(tls) = &self.tls else {
+            connection.enter(Stage::Head);
+            return self.http1(socket, connection).await;
+        };
+        match self.handshake(socket, Arc::clone(tls), connection).await {
+            Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                connection.enter(Stage::Head);
+                self.http2(stream, connection).await;
+            }
+            Ok(stream) => {
+                connection.enter(Stage::Head);
+                self.http1(stream, connection).await;
+            }
+            Err(error) => {
+                self.metrics.handshake_failed();
+                tracing::debug!(%error, "TLS handshake failed");
+            }
+        }
+    }
+
+    async fn handshake(
+        &self,
+        socket: TcpStream,
+        tls: Arc<ServerConfig>,
+        connection: &Connection,
+    ) -> io::Result<TlsStream<TcpStream>> {
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), socket).await?;
+        connection.enter(Stage::Handshake);
+        let turn = self
+            .handshakes
+            .acquire()
+            .await
+            .expect("a semaphore that we own is never closed");
+        // Key exchange and signature are made in here.
+        let handshake = hello.into_stream(tls);
+        drop(turn);
+        connection.enter(Stage::Finished);
+        handshake.await
+    }
+
+    async fn http1<S>(&self, stream: S, connection: &Arc<Connection>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(connection)));
+        let service = service_fn(|request| self.answer(request, connection));
+        let mut http = pin!(self.http1.serve_connection(io, service));
+        let served = tokio::select! {
+            served = &mut http => served,
+            () = self.finish.cancelled() => {
+                http.as_mut().graceful_shutdown();
+                http.await
+            }
+        };
+        note(served);
+    }
+
+    async fn http2<S>(self: &Arc<Self>, stream: S, connection: &Arc<Connection>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(connection)));
+        let (server, shared) = (Arc::clone(self), Arc::clone(connection));
+        let service = service_fn(move |request| {
+            let (server, connection) = (Arc::clone(&server), Arc::clone(&shared));
+            async move { server.answer(request, &connection).await }
+        });
+        let mut http = pin!(self.http2.serve_connection(io, service));
+        // HTTP/2 says goodbye with a frame of its own, and open streams go on.
+        let served = tokio::select! {
+            served = &mut http => served,
+            () = self.draining.cancelled() => {
+                http.as_mut().graceful_shutdown();
+                http.await
+            }
+        };
+        note(served);
+    }
+
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        connection: &Arc<Connection>,
+    ) -> hyper::Result<Response<Body>> {
+        let over_http2 = request.version() == Version::HTTP_2;
+        let _request = Open::new(
+            connection,
+            match (over_http2, request.body().is_end_stream()) {
+                (true, _) => Stage::Streaming,
+                (false, true) => Stage::Serving,
+                (false, false) => Stage::Body,
+            },
+        );
+        let request = request.map(|body| Body::new(WatchedBody::new(body, Arc::clone(connection))));
+        let Ok(mut response) = self.app.clone().oneshot(request).await;
+        if !over_http2 && self.draining.is_cancelled() {
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        Ok(response)
+    }
+}
+
+/// A request between its head and its answer.
+struct Open<'a>(&'a Connection);
+
+impl<'a> Open<'a> {
+    fn new(connection: &'a Connection, stage: Stage) -> Self {
+        connection.begin(stage);
+        Self(connection)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// A connection that ends badly is its peer's affair: it is worth a line only to somebody who looks for it.
+fn note(served: hyper::Result<()>) {
+    if let Err(error) = served {
+        tracing::debug!(
+            error = &error as &dyn std::error::Error,
+            "connection ended early"
+        );
+    }
+}
