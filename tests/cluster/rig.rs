@@ -13,6 +13,7 @@
 //! Tests share one cluster and keep to namespaces of their own. A test that stops a component, or that needs the
 //! cluster-wide objects for itself, starts a cluster of its own with [`Cluster::start`].
 
+pub(crate) mod grants;
 pub(crate) mod outside;
 pub(crate) mod pki;
 pub(crate) mod process;
@@ -214,9 +215,8 @@ impl Cluster {
             self.etcd.check()?;
             self.api_server.check()?;
             let request = http_get("/readyz");
-            let not_ready = match client.request_text(request).await {
-                Ok(_) => return Ok(()),
-                Err(error) => error,
+            let Err(not_ready) = client.request_text(request).await else {
+                return Ok(());
             };
             if Instant::now() > deadline {
                 bail!(
@@ -460,7 +460,7 @@ impl Cluster {
     /// The audit log so far, one event a line of the API server's `audit.k8s.io/v1`, stage `ResponseComplete` (or
     /// `Panic`). Pods are logged with request and response, so that the patch of each webhook is seen.
     pub(crate) fn audit(&self) -> Vec<Value> {
-        let log = std::fs::read_to_string(self.dir.0.join("audit.log")).unwrap_or_default();
+        let log = std::fs::read_to_string(self.audit_log()).unwrap_or_default();
         // The last line may be half written; every other one must parse.
         let whole = log.rfind('\n').map_or("", |end| &log[..end]);
         whole
@@ -469,10 +469,20 @@ impl Cluster {
             .collect()
     }
 
+    /// Where [`Cluster::audit`] reads.
+    pub(crate) fn audit_log(&self) -> PathBuf {
+        self.dir.0.join("audit.log")
+    }
+
+    /// The cluster's own certificate authority, PEM: a bundle that has nothing to do with Malha's.
+    pub(crate) fn certificate_authority(&self) -> Vec<u8> {
+        std::fs::read(self.pki.authority().certificate).expect("the directory of the cluster")
+    }
+
     // -- inside --
 
     /// A number that no other object of this cluster has in its name.
-    fn next(&self) -> u32 {
+    pub(crate) fn next(&self) -> u32 {
         self.names.fetch_add(1, Ordering::Relaxed)
     }
 
