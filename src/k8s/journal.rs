@@ -1,0 +1,232 @@
+//! The journal's home in the cluster: one Secret, changed only by compare-and-swap on its `resourceVersion`.
+//!
+//! [`Journal`] <-> `data["journal.json"]` of Secret `malha-ca`, type `malha.io/ca-journal`
+//!
+//! The API server keeps replicas apart: of two that create the Secret, or replace the same version of it, one is told 409.
+
+use std::{collections::BTreeMap, future::Future};
+
+use k8s_openapi::{
+    ByteString,
+    api::{
+        admissionregistration::v1::MutatingWebhookConfiguration,
+        core::v1::{ConfigMap, Secret},
+    },
+};
+use kube::{
+    Api, Client,
+    api::{ObjectMeta, PostParams},
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{ApiError, ask, follow::Follow};
+use crate::ca::{
+    bundle::Bundle,
+    journal::{HomeError, Journal, JournalHome, Stored},
+};
+
+/// The key of the Secret's `data` that holds the journal.
+pub const JOURNAL_KEY: &str = "journal.json";
+
+/// The Secret's type: nothing else in a cluster reads or writes secrets of this type.
+pub const JOURNAL_TYPE: &str = "malha.io/ca-journal";
+
+/// Where else an earlier life of this authority would have left a trace.
+#[derive(Clone, Debug)]
+pub struct Traces {
+    /// The ConfigMap with the trust bundle, in the journal's namespace.
+    pub config_map: String,
+    /// The MutatingWebhookConfiguration whose `caBundle` the authority fills.
+    pub webhook: String,
+}
+
+/// The Secret that holds the journal.
+#[derive(Clone, Debug)]
+pub struct SecretHome {
+    secrets: Api<Secret>,
+    config_maps: Api<ConfigMap>,
+    webhooks: Api<MutatingWebhookConfiguration>,
+    name: String,
+    title: String,
+    traces: Traces,
+}
+
+impl SecretHome {
+    /// The Secret `name` in `namespace`; nothing is read yet.
+    pub fn new(client: Client, namespace: &str, name: &str, traces: Traces) -> Self {
+        Self {
+            secrets: Api::namespaced(client.clone(), namespace),
+            config_maps: Api::namespaced(client.clone(), namespace),
+            webhooks: Api::all(client),
+            name: name.to_owned(),
+            title: format!("Secret {namespace}/{name}"),
+            traces,
+        }
+    }
+
+    /// The `resourceVersion` of the Secret as it is heard of, `None` while there is none; and the future that listens,
+    /// until `stop`. Whoever holds a journal reads it again when this changes.
+    pub fn changes(
+        &self,
+        stop: CancellationToken,
+    ) -> (
+        watch::Receiver<Option<String>>,
+        impl Future<Output = ()> + Send + use<>,
+    ) {
+        let (tell, told) = watch::channel(None);
+        let follow = Follow::new(self.secrets.clone(), &self.name);
+        let title = self.title.clone();
+        (told, async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = listen(follow, title, tell) => {}
+            }
+        })
+    }
+
+    fn unreachable(&self, source: ApiError) -> HomeError {
+        HomeError::Unreachable {
+            home: self.title.clone(),
+            source: source.into(),
+        }
+    }
+
+    fn conflict(&self) -> HomeError {
+        HomeError::Conflict {
+            home: self.title.clone(),
+        }
+    }
+
+    fn unreadable(&self, fault: String) -> HomeError {
+        HomeError::Unreadable {
+            home: self.title.clone(),
+            fault,
+        }
+    }
+
+    fn parse(&self, secret: Secret) -> Result<Stored, HomeError> {
+        let data = secret.data.unwrap_or_default();
+        let Some(ByteString(text)) = data.get(JOURNAL_KEY) else {
+            return Err(self.unreadable(format!("it has no key {JOURNAL_KEY}")));
+        };
+        let journal = Journal::from_json(text).map_err(|e| self.unreadable(e.to_string()))?;
+        let Some(version) = secret.metadata.resource_version else {
+            return Err(self.unreadable("it has no resourceVersion".to_owned()));
+        };
+        Ok(Stored { journal, version })
+    }
+
+    /// What is written, read back from the API server's answer and compared: a journal that came back other than it was
+    /// sent (a mutating webhook, a bug) is not used.
+    fn read_back(&self, answer: Secret, sent: &Journal) -> Result<Stored, HomeError> {
+        let stored = self.parse(answer)?;
+        if stored.journal != *sent {
+            return Err(self.unreadable("it came back other than it was written".to_owned()));
+        }
+        Ok(stored)
+    }
+
+    fn fresh(&self, journal: &Journal) -> Secret {
+        let labels = [
+            ("app.kubernetes.io/name", "malha"),
+            ("app.kubernetes.io/part-of", "malha"),
+            ("app.kubernetes.io/component", "ca-journal"),
+        ];
+        Secret {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                labels: Some(owned(labels)),
+                ..ObjectMeta::default()
+            },
+            type_: Some(JOURNAL_TYPE.to_owned()),
+            data: Some(BTreeMap::from([(
+                JOURNAL_KEY.to_owned(),
+                ByteString(journal.to_json().to_vec()),
+            )])),
+            ..Secret::default()
+        }
+    }
+}
+
+impl JournalHome for SecretHome {
+    async fn load(&self) -> Result<Option<Stored>, HomeError> {
+        let secret = ask(self.secrets.get_opt(&self.name)).await;
+        let secret = secret.map_err(|error| self.unreachable(error))?;
+        secret.map(|secret| self.parse(secret)).transpose()
+    }
+
+    async fn create(&self, journal: &Journal) -> Result<Stored, HomeError> {
+        let fresh = self.fresh(journal);
+        match ask(self.secrets.create(&PostParams::default(), &fresh)).await {
+            Ok(secret) => self.read_back(secret, journal),
+            Err(error) if error.code() == Some(409) => Err(self.conflict()),
+            Err(error) => Err(self.unreachable(error)),
+        }
+    }
+
+    /// Everything else in the Secret (labels, annotations, other keys) stays as it is, so it is read once more; the write
+    /// is against the version that was seen, whatever was read.
+    async fn replace(&self, seen: &str, journal: &Journal) -> Result<Stored, HomeError> {
+        let current = ask(self.secrets.get_opt(&self.name)).await;
+        let Some(mut secret) = current.map_err(|error| self.unreachable(error))? else {
+            return Err(self.conflict());
+        };
+        if secret.metadata.resource_version.as_deref() != Some(seen) {
+            return Err(self.conflict());
+        }
+        let text = ByteString(journal.to_json().to_vec());
+        let data = secret.data.get_or_insert_default();
+        data.insert(JOURNAL_KEY.to_owned(), text);
+        match ask(self
+            .secrets
+            .replace(&self.name, &PostParams::default(), &secret))
+        .await
+        {
+            Ok(secret) => self.read_back(secret, journal),
+            Err(error) if matches!(error.code(), Some(404 | 409)) => Err(self.conflict()),
+            Err(error) => Err(self.unreachable(error)),
+        }
+    }
+
+    async fn has_earlier_life(&self) -> Result<bool, HomeError> {
+        let unreachable = |error| self.unreachable(error);
+        let published = ask(self.config_maps.get_metadata_opt(&self.traces.config_map)).await;
+        if published.map_err(unreachable)?.is_some() {
+            return Ok(true);
+        }
+        let webhook = ask(self.webhooks.get_opt(&self.traces.webhook)).await;
+        let webhooks = webhook.map_err(unreachable)?.and_then(|it| it.webhooks);
+        // a blank, or a placeholder that some installers write, is no trace: a certificate is
+        Ok(webhooks.unwrap_or_default().iter().any(|entry| {
+            let bundle = entry.client_config.ca_bundle.as_ref();
+            bundle.is_some_and(|ByteString(pem)| Bundle::parse_pem(pem).is_ok())
+        }))
+    }
+}
+
+async fn listen(mut follow: Follow<Secret>, title: String, tell: watch::Sender<Option<String>>) {
+    loop {
+        match follow.next().await {
+            Ok(secret) => {
+                let version = secret.and_then(|secret| secret.metadata.resource_version);
+                tell.send_if_modified(|told| {
+                    let changed = *told != version;
+                    *told = version;
+                    changed
+                });
+            }
+            Err(error) => {
+                warn!(secret = title, %error, "cannot listen to the CA's journal, trying again")
+            }
+        }
+    }
+}
+
+fn owned<const N: usize>(pairs: [(&str, &str); N]) -> BTreeMap<String, String> {
+    pairs
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}
