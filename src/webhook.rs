@@ -1,16 +1,38 @@
 //! AdmissionReview over HTTP: decodes and bounds, asks [`inject`](crate::inject), answers.
 //!
-//! `POST /inject/...` -> bounded body -> review -> `Injector::inject` -> answer, one log line, one count
+//! `POST /inject/...` -> bounded body -> review -> `Injector::inject` -> answer, one count, one log line
+//!
+//! A fault of ours or of the caller's is a status of HTTP, and then the `failurePolicy` of the webhook configuration
+//! decides. `allowed: false` is kept for a pod whose author must change something.
 
+mod answer;
+mod body;
+mod line;
 mod metrics;
+mod refusal;
+mod review;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, Method, Response};
+use axum::routing::post;
+use futures::FutureExt;
+use tokio::task::spawn_blocking;
 
-use crate::inject::{ClusterFacts, Injector};
+use crate::inject::{Call, ClusterFacts, Entry, Injector, PodError, Reason, SkipReason, Warning};
+use crate::inject::{Verdict, WarningCode};
+
+use body::Intake;
+use line::{Line, Subject};
+use refusal::Refusal;
+use review::Review;
 
 pub use metrics::Metrics;
 
@@ -50,6 +72,225 @@ impl Default for Limits {
 
 /// The webhook's routes: `/inject/ns`, `/inject/pod`, `/inject/rev/<revision>/ns`, `/inject/rev/<revision>/pod` and
 /// `/advise`, all of them `POST`.
-pub fn router(_webhook: Webhook) -> Router {
+pub fn router(webhook: Webhook) -> Router {
+    let inject = || post(inject).fallback(wrong_method);
     Router::new()
+        .route("/inject/ns", inject())
+        .route("/inject/pod", inject())
+        .route("/inject/rev/{revision}/ns", inject())
+        .route("/inject/rev/{revision}/pod", inject())
+        .route("/advise", post(advise).fallback(wrong_method))
+        .fallback(wrong_path)
+        .with_state(Arc::new(Desk {
+            intake: Intake::new(&webhook.limits),
+            webhook,
+        }))
+}
+
+/// What all requests share.
+struct Desk {
+    webhook: Webhook,
+    intake: Intake,
+}
+
+async fn inject(State(desk): State<Arc<Desk>>, request: Request) -> Response<Body> {
+    let arrived = Instant::now();
+    let _in_flight = desk.webhook.metrics.enter();
+    let outcome = AssertUnwindSafe(desk.admit(request))
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|_| Outcome::refused(Refusal::panicked()));
+    desk.close(&outcome, arrived.elapsed());
+    respond(outcome)
+}
+
+async fn advise(State(desk): State<Arc<Desk>>, request: Request) -> Response<Body> {
+    let advice = AssertUnwindSafe(desk.advise(request))
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|_| Err(Refusal::panicked()));
+    match advice {
+        Ok(answer) => json(answer),
+        Err(refusal) => refusal.into(),
+    }
+}
+
+async fn wrong_method(State(desk): State<Arc<Desk>>) -> Response<Body> {
+    desk.turn_away(Refusal::wrong_method())
+}
+
+async fn wrong_path(State(desk): State<Arc<Desk>>, request: Request) -> Response<Body> {
+    let refusal = Refusal::wrong_path();
+    // Who asks for something else than an admission, such as a scanner or our own probe, is not counted as one.
+    if request.method() == Method::POST {
+        desk.turn_away(refusal)
+    } else {
+        refusal.into()
+    }
+}
+
+/// What became of a request, and for whom.
+struct Outcome {
+    reason: Reason,
+    subject: Subject,
+    /// What was said to a pod's author, or to a caller that was refused.
+    message: Option<String>,
+    answer: Result<Vec<u8>, Refusal>,
+}
+
+impl Outcome {
+    fn refused(refusal: Refusal) -> Self {
+        Self {
+            reason: refusal.reason(),
+            subject: Subject::default(),
+            message: Some(refusal.message().to_owned()),
+            answer: Err(refusal),
+        }
+    }
+}
+
+impl Desk {
+    async fn admit(self: &Arc<Self>, request: Request) -> Outcome {
+        let entry = {
+            let injector = self.webhook.injector.load();
+            Entry::from_path(request.uri().path(), &injector.settings().revision)
+        };
+        let Some(entry) = entry else {
+            return Outcome::refused(Refusal::wrong_path());
+        };
+        let body = match self.intake.receive(request).await {
+            Ok(body) => body,
+            Err(refusal) => return Outcome::refused(refusal),
+        };
+        self.webhook.metrics.received(body.bytes().len());
+        if body.bytes().len() <= INLINE {
+            return self.decide(entry, body.bytes());
+        }
+        let desk = Arc::clone(self);
+        spawn_blocking(move || desk.decide(entry, body.bytes()))
+            .await
+            .unwrap_or_else(|_| Outcome::refused(Refusal::panicked()))
+    }
+
+    fn decide(&self, entry: Entry, body: &[u8]) -> Outcome {
+        let review = match Review::parse(body) {
+            Ok(review) => review,
+            Err(refusal) => return Outcome::refused(refusal),
+        };
+        self.judge(entry, &review).unwrap_or_else(|error| {
+            let mut outcome = Outcome::refused(Refusal::bad_request(&error));
+            outcome.subject = Subject::of(&review);
+            outcome
+        })
+    }
+
+    fn judge(&self, entry: Entry, review: &Review<'_>) -> Result<Outcome, PodError> {
+        let subject = Subject::of(review);
+        if !review.creates_a_pod() {
+            return Ok(skip(review, subject, SkipReason::NotAPodCreate));
+        }
+        let Some(pod) = review.object else {
+            return Ok(skip(review, subject, SkipReason::InvalidPod));
+        };
+        let call = Call {
+            entry,
+            namespace: &review.namespace,
+            oldest_kubelet: self.webhook.cluster.oldest_kubelet(),
+        };
+        let mut decision = self.webhook.injector.load().inject(pod.as_bytes(), &call)?;
+        if let Verdict::Patch(patch) = &decision.verdict
+            && pod.len() + patch.json.len() > LARGE_POD
+        {
+            decision
+                .warnings
+                .push(large_pod(pod.len() + patch.json.len()));
+        }
+        Ok(Outcome {
+            reason: decision.verdict.reason(),
+            subject,
+            answer: Ok(answer::admission(&review.uid, &decision)),
+            message: match decision.verdict {
+                Verdict::Deny(denial) => Some(denial.message),
+                Verdict::Patch(_) | Verdict::Skip(_) => None,
+            },
+        })
+    }
+
+    /// Warnings for the author of a workload. Whatever goes wrong, the workload goes in.
+    async fn advise(self: &Arc<Self>, request: Request) -> Result<Vec<u8>, Refusal> {
+        let body = self.intake.receive(request).await?;
+        let desk = Arc::clone(self);
+        let weigh = move || {
+            let review = Review::parse(body.bytes())?;
+            Ok(answer::advice(&review.uid, &desk.warnings(&review)))
+        };
+        spawn_blocking(weigh)
+            .await
+            .unwrap_or_else(|_| Err(Refusal::panicked()))
+    }
+
+    fn warnings(&self, _review: &Review<'_>) -> Vec<Warning> {
+        Vec::new()
+    }
+
+    /// Refuses what never became a review.
+    fn turn_away(&self, refusal: Refusal) -> Response<Body> {
+        let outcome = Outcome::refused(refusal);
+        self.close(&outcome, Duration::ZERO);
+        respond(outcome)
+    }
+
+    /// Counts a request and writes its line: once, and the same word in both.
+    fn close(&self, outcome: &Outcome, took: Duration) {
+        let Subject { dry_run, .. } = outcome.subject;
+        self.webhook.metrics.decided(outcome.reason, dry_run, took);
+        Line {
+            reason: outcome.reason,
+            subject: &outcome.subject,
+            message: outcome.message.as_deref(),
+            took,
+        }
+        .write();
+    }
+}
+
+/// Up to this size a review is decided where it was read. A larger one takes milliseconds, in which others on the same
+/// thread would wait.
+const INLINE: usize = 256 << 10;
+
+/// etcd refuses objects over about 1.5 MiB; the words come early enough to do something about it.
+const LARGE_POD: usize = 1 << 20;
+
+fn large_pod(bytes: usize) -> Warning {
+    Warning {
+        code: WarningCode::LargePod,
+        text: format!(
+            "the pod with its sidecar is {} KiB of JSON; etcd stores at most about 1.5 MiB",
+            bytes >> 10
+        ),
+    }
+}
+
+fn skip(review: &Review<'_>, subject: Subject, reason: SkipReason) -> Outcome {
+    Outcome {
+        reason: Reason::from(reason),
+        subject,
+        message: None,
+        answer: Ok(answer::skip(&review.uid, reason)),
+    }
+}
+
+fn respond(outcome: Outcome) -> Response<Body> {
+    match outcome.answer {
+        Ok(answer) => json(answer),
+        Err(refusal) => refusal.into(),
+    }
+}
+
+fn json(answer: Vec<u8>) -> Response<Body> {
+    let mut response = Response::new(Body::from(Bytes::from(answer)));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }

@@ -16,7 +16,7 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 use crate::runtime::readiness::{self, Readiness};
-use crate::tls::{Bound, Limits, TlsError};
+use crate::tls::{Bound, Limits, Metrics, TlsError};
 
 /// The admin port, taken and not served yet.
 pub struct Admin {
@@ -40,6 +40,14 @@ impl Admin {
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.bound.local_addr()
+    }
+
+    /// Counts connections in `metrics`.
+    #[must_use]
+    pub fn counted(self, metrics: &Metrics) -> Self {
+        Self {
+            bound: self.bound.counted(metrics, "admin"),
+        }
     }
 
     /// Answers until it is dropped: while the process drains, probes still want to know.

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::task::AbortHandle;
@@ -166,7 +168,7 @@ impl Connection {
 pub(crate) struct Connections {
     epoch: Instant,
     limits: Limits,
-    metrics: Metrics,
+    counts: Counts,
     seats: Mutex<Seats>,
 }
 
@@ -186,11 +188,11 @@ pub(crate) enum Room {
 }
 
 impl Connections {
-    pub(crate) fn new(limits: Limits, metrics: Metrics) -> Arc<Self> {
+    pub(crate) fn new(limits: Limits, counts: Counts) -> Arc<Self> {
         Arc::new(Self {
             epoch: Instant::now(),
             limits,
-            metrics,
+            counts,
             seats: Mutex::default(),
         })
     }
@@ -202,8 +204,8 @@ impl Connections {
         let mut seats = self.lock();
         let number = seats.next;
         seats.next += 1;
-        self.metrics.accepted.inc();
-        self.metrics.open.inc();
+        self.counts.accepted.inc();
+        self.counts.open.inc();
         let task = spawn(Seat {
             number,
             connection: Arc::clone(&connection),
@@ -222,7 +224,7 @@ impl Connections {
         match self.first_to_go(&seats) {
             Some(number) => {
                 self.close(&mut seats, number);
-                self.metrics.evicted.inc();
+                self.counts.evicted.inc();
                 Room::Free
             }
             None => Room::Full,
@@ -252,7 +254,7 @@ impl Connections {
         let mut seats = self.lock();
         if let Some(number) = self.first_to_go(&seats) {
             self.close(&mut seats, number);
-            self.metrics.evicted.inc();
+            self.counts.evicted.inc();
         }
     }
 
@@ -271,7 +273,7 @@ impl Connections {
             .collect();
         for number in late {
             self.close(&mut seats, number);
-            self.metrics.timed_out.inc();
+            self.counts.timed_out.inc();
         }
     }
 
@@ -293,7 +295,7 @@ impl Connections {
     fn close(&self, seats: &mut Seats, number: u64) {
         if let Some((_, task)) = seats.taken.remove(&number) {
             task.abort();
-            self.metrics.open.dec();
+            self.counts.open.dec();
         }
     }
 
@@ -322,24 +324,33 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let mut seats = self.connections.lock();
         if seats.taken.remove(&self.number).is_some() {
-            self.connections.metrics.open.dec();
+            self.connections.counts.open.dec();
         }
     }
 }
 
-/// What a listener counts. Cloned into it; a family of one series each.
+/// What listeners count, each under its name.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
-    open: Gauge,
-    accepted: Counter,
-    timed_out: Counter,
-    evicted: Counter,
-    refused: Counter,
-    handshakes_failed: Counter,
+    open: Family<Listener, Gauge>,
+    accepted: Family<Listener, Counter>,
+    closed: Family<Closed, Counter>,
+    handshakes_failed: Family<Listener, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Listener {
+    listener: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Closed {
+    listener: &'static str,
+    cause: &'static str,
 }
 
 impl Metrics {
-    /// Adds them to `registry`; give each listener a registry of its own, labelled with its name.
+    /// Adds them to `registry`.
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
             "malha_listener_connections",
@@ -352,19 +363,9 @@ impl Metrics {
             self.accepted.clone(),
         );
         registry.register(
-            "malha_listener_timed_out",
-            "Connections that were closed because their peer made us wait too long, or was idle",
-            self.timed_out.clone(),
-        );
-        registry.register(
-            "malha_listener_evicted",
-            "Connections that were closed to make room for others",
-            self.evicted.clone(),
-        );
-        registry.register(
-            "malha_listener_refused",
-            "Connections that found no room",
-            self.refused.clone(),
+            "malha_listener_closed",
+            "Connections that were closed by us: timeout, evicted for another one, or no room",
+            self.closed.clone(),
         );
         registry.register(
             "malha_listener_handshakes_failed",
@@ -373,11 +374,31 @@ impl Metrics {
         );
     }
 
-    pub(crate) fn refused(&self) {
-        self.refused.inc();
+    /// Those of one listener.
+    pub(crate) fn listener(&self, listener: &'static str) -> Counts {
+        let name = Listener { listener };
+        let closed = |cause| {
+            let label = Closed { listener, cause };
+            self.closed.get_or_create_owned(&label)
+        };
+        Counts {
+            open: self.open.get_or_create_owned(&name),
+            accepted: self.accepted.get_or_create_owned(&name),
+            timed_out: closed("timeout"),
+            evicted: closed("evicted"),
+            refused: closed("no_room"),
+            handshakes_failed: self.handshakes_failed.get_or_create_owned(&name),
+        }
     }
+}
 
-    pub(crate) fn handshake_failed(&self) {
-        self.handshakes_failed.inc();
-    }
+/// What one listener counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counts {
+    open: Gauge,
+    accepted: Counter,
+    timed_out: Counter,
+    evicted: Counter,
+    pub(crate) refused: Counter,
+    pub(crate) handshakes_failed: Counter,
 }

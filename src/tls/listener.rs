@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::ConnectInfo;
 use futures::FutureExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{CONNECTION, HeaderValue};
@@ -32,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-use crate::tls::connections::{Connection, Connections, Room, Seat, Stage};
+use crate::tls::connections::{Connection, Connections, Counts, Room, Seat, Stage};
 use crate::tls::watched::{WatchedBody, WatchedStream};
 use crate::tls::{Alpn, Metrics, ServingCertificate, TlsError, server_config};
 
@@ -86,7 +87,7 @@ pub struct Bound {
     addr: SocketAddr,
     tls: Option<Arc<ServerConfig>>,
     limits: Limits,
-    metrics: Metrics,
+    counts: Counts,
 }
 
 impl Bound {
@@ -134,7 +135,7 @@ impl Bound {
             addr,
             tls,
             limits,
-            metrics: Metrics::default(),
+            counts: Counts::default(),
         })
     }
 
@@ -143,12 +144,14 @@ impl Bound {
         self.addr
     }
 
-    /// What it counts, to be registered.
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
+    /// Counts connections in `metrics`, under the name `listener`.
+    #[must_use]
+    pub fn counted(mut self, metrics: &Metrics, listener: &'static str) -> Self {
+        self.counts = metrics.listener(listener);
+        self
     }
 
-    /// Answers with `app` until `stop`, and then drains: answers carry `Connection: close`, new connections are still
+    /// Answers with `app`, which finds the peer's address as [`ConnectInfo`] in each request, until `stop`, and then drains: answers carry `Connection: close`, new connections are still
     /// accepted for [`Limits::drain`], and open requests may end within [`Limits::finish`]. Then the port is free.
     pub async fn serve(self, app: Router, stop: CancellationToken) {
         let Self {
@@ -156,9 +159,9 @@ impl Bound {
             addr,
             tls,
             limits,
-            metrics,
+            counts,
         } = self;
-        let connections = Connections::new(limits.clone(), metrics.clone());
+        let connections = Connections::new(limits.clone(), counts.clone());
         let server = Arc::new(Server {
             app,
             tls,
@@ -167,7 +170,7 @@ impl Bound {
             http2: http2(&limits),
             draining: stop,
             finish: CancellationToken::new(),
-            metrics,
+            counts,
         });
         Accepting {
             listener,
@@ -251,7 +254,7 @@ impl Accepting {
                 () = &mut end => return,
                 _ = watch.tick(), if !self.connections.is_empty() => self.connections.reap(),
                 accepted = self.listener.accept() => match accepted {
-                    Ok((socket, _)) => self.admit(socket).await,
+                    Ok((socket, peer)) => self.admit(socket, peer).await,
                     Err(error) => self.endure(error).await,
                 },
             }
@@ -259,11 +262,11 @@ impl Accepting {
     }
 
     /// Gives a new connection its place, or waits a moment until there is one: meanwhile others wait in the kernel.
-    async fn admit(&self, socket: TcpStream) {
+    async fn admit(&self, socket: TcpStream, peer: SocketAddr) {
         let patience = Instant::now() + PATIENCE;
         while self.connections.make_room() == Room::Full {
             if Instant::now() > patience {
-                self.server.metrics.refused();
+                self.server.counts.refused.inc();
                 return;
             }
             sleep(Duration::from_millis(5)).await;
@@ -272,7 +275,7 @@ impl Accepting {
         self.connections.seat(|seat| {
             let task = self
                 .tasks
-                .spawn(Arc::clone(&self.server).serve(socket, seat));
+                .spawn(Arc::clone(&self.server).serve(socket, peer, seat));
             task.abort_handle()
         });
     }
@@ -290,8 +293,8 @@ impl Accepting {
 
     async fn close(self) {
         // Whoever is in the kernel's queue was accepted by the kernel in our name; a closed listener would reset them.
-        while let Some(Ok((socket, _))) = self.listener.accept().now_or_never() {
-            self.admit(socket).await;
+        while let Some(Ok((socket, peer))) = self.listener.accept().now_or_never() {
+            self.admit(socket, peer).await;
         }
         drop(self.listener);
         self.server.finish.cancel();
@@ -341,29 +344,29 @@ struct Server {
     draining: CancellationToken,
     /// Connections between two requests close from here on.
     finish: CancellationToken,
-    metrics: Metrics,
+    counts: Counts,
 }
 
 impl Server {
-    async fn serve(self: Arc<Self>, socket: TcpStream, seat: Seat) {
+    async fn serve(self: Arc<Self>, socket: TcpStream, peer: SocketAddr, seat: Seat) {
         let connection = seat.connection();
         // Answers are small and awaited: Nagle's algorithm would hold them back for the peer's acknowledgement.
         let _ = socket.set_nodelay(true);
         let Some(tls) = &self.tls else {
             connection.enter(Stage::Head);
-            return self.http1(socket, connection).await;
+            return self.http1(socket, peer, connection).await;
         };
         match self.handshake(socket, Arc::clone(tls), connection).await {
             Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
                 connection.enter(Stage::Head);
-                self.http2(stream, connection).await;
+                self.http2(stream, peer, connection).await;
             }
             Ok(stream) => {
                 connection.enter(Stage::Head);
-                self.http1(stream, connection).await;
+                self.http1(stream, peer, connection).await;
             }
             Err(error) => {
-                self.metrics.handshake_failed();
+                self.counts.handshakes_failed.inc();
                 tracing::debug!(%error, "TLS handshake failed");
             }
         }
@@ -389,12 +392,12 @@ impl Server {
         handshake.await
     }
 
-    async fn http1<S>(&self, stream: S, connection: &Arc<Connection>)
+    async fn http1<S>(&self, stream: S, peer: SocketAddr, connection: &Arc<Connection>)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(connection)));
-        let service = service_fn(|request| self.answer(request, connection));
+        let service = service_fn(|request| self.answer(request, peer, connection));
         let mut http = pin!(self.http1.serve_connection(io, service));
         let served = tokio::select! {
             served = &mut http => served,
@@ -406,7 +409,7 @@ impl Server {
         note(served);
     }
 
-    async fn http2<S>(self: &Arc<Self>, stream: S, connection: &Arc<Connection>)
+    async fn http2<S>(self: &Arc<Self>, stream: S, peer: SocketAddr, connection: &Arc<Connection>)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -414,7 +417,7 @@ impl Server {
         let (server, shared) = (Arc::clone(self), Arc::clone(connection));
         let service = service_fn(move |request| {
             let (server, connection) = (Arc::clone(&server), Arc::clone(&shared));
-            async move { server.answer(request, &connection).await }
+            async move { server.answer(request, peer, &connection).await }
         });
         let mut http = pin!(self.http2.serve_connection(io, service));
         // HTTP/2 says goodbye with a frame of its own, and open streams go on.
@@ -431,6 +434,7 @@ impl Server {
     async fn answer(
         &self,
         request: Request<Incoming>,
+        peer: SocketAddr,
         connection: &Arc<Connection>,
     ) -> hyper::Result<Response<Body>> {
         let over_http2 = request.version() == Version::HTTP_2;
@@ -442,7 +446,9 @@ impl Server {
                 (false, false) => Stage::Body,
             },
         );
-        let request = request.map(|body| Body::new(WatchedBody::new(body, Arc::clone(connection))));
+        let mut request =
+            request.map(|body| Body::new(WatchedBody::new(body, Arc::clone(connection))));
+        request.extensions_mut().insert(ConnectInfo(peer));
         let Ok(mut response) = self.app.clone().oneshot(request).await;
         if !over_http2 && self.draining.is_cancelled() {
             response
