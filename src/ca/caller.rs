@@ -6,6 +6,8 @@
 mod keys;
 mod liveness;
 mod review;
+#[cfg(test)]
+mod tests;
 mod token;
 
 use std::future::Future;

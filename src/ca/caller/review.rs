@@ -54,7 +54,7 @@ pub fn review(
         method: Method::TokenReview,
         pod,
         node: bound(&extra, "node"),
-        token_id: single(&extra, "credential-id"),
+        token_id: single(&extra, "credential-id").map(without_kind),
         stale: false,
     })
 }
@@ -68,6 +68,14 @@ fn bound(extra: &BTreeMap<String, Vec<String>>, kind: &str) -> Option<BoundObjec
         name: single(extra, &format!("{kind}-name"))?,
         uid: single(extra, &format!("{kind}-uid"))?,
     })
+}
+
+/// `JTI=<jti>`, where the token itself has the bare id.
+fn without_kind(credential: String) -> String {
+    credential
+        .strip_prefix("JTI=")
+        .map(str::to_owned)
+        .unwrap_or(credential)
 }
 
 /// The value of `authentication.kubernetes.io/<key>`, if there is exactly one.
