@@ -257,3 +257,123 @@ pub enum AuditError {
         sequence: u64,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        sync::{Arc, PoisonError},
+    };
+
+    use super::*;
+    use crate::ca::caller::CallerError;
+
+    /// What was logged while `work` ran.
+    fn logged(work: impl FnOnce()) -> Vec<String> {
+        #[derive(Clone, Default)]
+        struct Buffer(Arc<Mutex<Vec<u8>>>);
+        impl io::Write for Buffer {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let buffer = Buffer::default();
+        let writer = buffer.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .without_time()
+            .with_level(false)
+            .with_target(false)
+            .with_ansi(false)
+            .finish();
+        tracing::subscriber::with_default(subscriber, work);
+        let bytes = buffer.0.lock().unwrap().clone();
+        String::from_utf8(bytes)
+            .unwrap()
+            .lines()
+            .map(|line| line.trim().to_owned())
+            .collect()
+    }
+
+    fn refusals(replica: &str, count: usize) -> Vec<String> {
+        let audit = Audit::new(replica.to_owned());
+        let now = "2026-11-22T10:00:00Z".parse().unwrap();
+        let peer = "10.0.0.7:4711".parse().ok();
+        logged(|| {
+            for at in 0..count {
+                let fault = CallerError::TokenInvalid(format!("\"\n{{ {at}"));
+                audit.record(
+                    now,
+                    peer,
+                    None,
+                    None,
+                    &Act::Refused(&Refusal::Caller(fault)),
+                );
+            }
+        })
+    }
+
+    fn verify(lines: &[String]) -> Result<usize, AuditError> {
+        verify_chain(lines.iter().map(String::as_str))
+    }
+
+    #[test]
+    fn a_refusal_is_one_line_whatever_the_stranger_wrote() {
+        let lines = refusals("malha-0", 1);
+        assert_eq!(
+            lines,
+            [
+                r#"{"time":"2026-11-22T10:00:00Z","replica":"malha-0","sequence":0,"result":"denied","code":"TokenInvalid","detail":"the token is not acceptable: \"\n{ 0","peer":"10.0.0.7:4711","previous":""}"#
+            ]
+        );
+    }
+
+    #[test]
+    fn a_chain_shows_what_was_taken_out_put_in_or_changed() {
+        let lines = refusals("malha-0", 5);
+        assert_eq!(verify(&lines), Ok(5));
+        assert_eq!(verify(&lines[2..]), Ok(3), "the oldest were rotated away");
+
+        let broken = |line, sequence| {
+            Err(AuditError::Broken {
+                line,
+                replica: "malha-0".into(),
+                sequence,
+            })
+        };
+        let mut removed = lines.clone();
+        removed.remove(2);
+        assert_eq!(verify(&removed), broken(3, 3));
+        let mut changed = lines.clone();
+        changed[2] = changed[2].replace("denied", "issued");
+        assert_eq!(verify(&changed), broken(4, 3));
+        let mut swapped = lines.clone();
+        swapped.swap(1, 2);
+        assert!(verify(&swapped).is_err());
+        let mut doubled = lines.clone();
+        doubled.insert(1, lines[0].clone());
+        assert!(verify(&doubled).is_err());
+        assert_eq!(
+            verify(&["not json".to_owned()]),
+            Err(AuditError::NotARecord(1))
+        );
+    }
+
+    #[test]
+    fn the_chains_of_two_replicas_may_be_mixed() {
+        let mut lines = Vec::new();
+        for (a, b) in refusals("malha-0", 3)
+            .into_iter()
+            .zip(refusals("malha-1", 3))
+        {
+            lines.extend([a, b]);
+        }
+        assert_eq!(verify(&lines), Ok(6));
+    }
+}

@@ -125,3 +125,84 @@ impl Bucket {
         (self.filled + rest * f64::from(rate.per_second)).min(f64::from(rate.burst))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: Rate = Rate {
+        per_second: 2,
+        burst: 3,
+    };
+
+    fn seconds(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    #[test]
+    fn a_caller_has_its_burst_and_then_its_rate() {
+        let mut buckets = Buckets::new(RATE, 10);
+        let start = Instant::now();
+        for _ in 0..3 {
+            buckets.take(&"a", start).unwrap();
+        }
+        assert_eq!(buckets.take(&"a", start), Err(seconds(0.5)));
+        buckets.take(&"b", start).unwrap();
+        buckets.take(&"a", start + seconds(0.5)).unwrap();
+        assert_eq!(
+            buckets.take(&"a", start + seconds(0.75)),
+            Err(seconds(0.25))
+        );
+    }
+
+    #[test]
+    fn who_asks_while_refused_does_not_wait_longer_for_it() {
+        let mut buckets = Buckets::new(RATE, 10);
+        let start = Instant::now();
+        let served = (0..100).filter(|tenth| {
+            let now = start + Duration::from_millis(tenth * 100);
+            buckets.take(&"a", now).is_ok()
+        });
+        // the burst, and two a second for 9.9 seconds
+        assert_eq!(served.count(), 3 + 19);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_or_a_long_rest_never_gives_more_than_the_burst() {
+        let mut buckets = Buckets::new(RATE, 10);
+        let start = Instant::now();
+        buckets.take(&"a", start).unwrap();
+        let later = start + seconds(1e6);
+        assert_eq!(
+            (0..10)
+                .filter(|_| buckets.take(&"a", later).is_ok())
+                .count(),
+            3
+        );
+        assert!(buckets.take(&"a", start).is_err());
+    }
+
+    #[test]
+    fn strangers_take_no_more_room_than_there_is_and_free_none_that_is_in_use() {
+        let mut buckets = Buckets::new(RATE, 100);
+        let start = Instant::now();
+        for stranger in 0..1000 {
+            buckets.take(&stranger, start).unwrap();
+            assert!(buckets.buckets.len() <= 100);
+        }
+        let mut buckets = Buckets::new(RATE, 100);
+        for stranger in 0..99 {
+            buckets.take(&stranger, start).unwrap();
+        }
+        // by now those are full again, and only this one is worth remembering
+        let later = start + seconds(10.0);
+        for _ in 0..3 {
+            buckets.take(&1000, later).unwrap();
+        }
+        for stranger in 2000..2050 {
+            buckets.take(&stranger, later).unwrap();
+        }
+        assert!(buckets.take(&1000, later).is_err());
+        assert!(buckets.buckets.len() <= 51);
+    }
+}
