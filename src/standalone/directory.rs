@@ -3,13 +3,17 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
+
+use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     DirectoryError,
     files::{self, Access, Lock},
 };
-use crate::ca::bundle::Bundle;
+use crate::ca::{Authority, bundle::Bundle};
 
 /// A directory that only its owner can look into. Clones are the same directory.
 #[derive(Clone, Debug)]
@@ -55,6 +59,42 @@ impl Directory {
             Access::Public,
             &self.lock()?,
         )
+    }
+
+    /// Writes the trust bundle now and whenever it changes, until `stop`. What cannot be written is tried again.
+    pub async fn keep_bundle(
+        self,
+        mut authorities: watch::Receiver<Arc<Authority>>,
+        stop: CancellationToken,
+    ) {
+        const PAUSE: Duration = Duration::from_secs(5);
+        let mut written = None;
+        loop {
+            let bundle = authorities.borrow_and_update().bundle().clone();
+            let failed = written.as_ref() != Some(&bundle) && !self.wrote(&bundle).await;
+            if !failed {
+                written = Some(bundle);
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = authorities.changed() => if changed.is_err() {
+                    // nobody will publish again; what was written stays
+                    return stop.cancelled().await;
+                },
+                () = sleep(PAUSE), if failed => {}
+            }
+        }
+    }
+
+    async fn wrote(&self, bundle: &Bundle) -> bool {
+        let (directory, bundle) = (self.clone(), bundle.clone());
+        let outcome = match spawn_blocking(move || directory.write_bundle(&bundle)).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(e)) => e.to_string(),
+            Err(e) => e.to_string(),
+        };
+        tracing::error!(fault = outcome, "the trust bundle was not written");
+        false
     }
 
     /// Makes this process the one that serves the directory, until the answer is dropped or the process ends.
