@@ -194,3 +194,21 @@ pub struct Warning {
     /// The sentence.
     pub text: String,
 }
+
+impl Warning {
+    /// Longer ones may be cut by the API server, and people stop reading.
+    pub const LONGEST: usize = 120;
+
+    pub(super) fn new(code: WarningCode, text: fmt::Arguments<'_>) -> Self {
+        let whole = format!("{code}: {text}");
+        let text = match whole.char_indices().nth(Self::LONGEST) {
+            None => whole,
+            Some(_) => whole
+                .chars()
+                .take(Self::LONGEST - 3)
+                .chain("...".chars())
+                .collect(),
+        };
+        Self { code, text }
+    }
+}

@@ -1,0 +1,242 @@
+//! The parts of a pod that a decision looks at, borrowed from its JSON.
+
+use std::{borrow::Cow, collections::BTreeSet};
+
+use super::{
+    PodError,
+    lax::{Fields, Lax, Raw, Slot, Table, Text, reads},
+};
+
+/// Labels or annotations.
+pub(super) type Labels<'a> = Table<'a, Slot<Text<'a>>>;
+/// A list of objects, some of which may be unreadable.
+pub(super) type ListOf<T> = Slot<Vec<Slot<T>>>;
+
+reads! {
+    /// A pod, or a pod template.
+    struct PodView {
+        "metadata" => metadata: Slot<Metadata<'a>>,
+        "spec" => spec: Slot<Spec<'a>>,
+    }
+    struct Metadata {
+        "name" => name: Slot<Text<'a>>,
+        "generateName" => generate_name: Slot<Text<'a>>,
+        "labels" => labels: Slot<Labels<'a>>,
+        "annotations" => annotations: Slot<Labels<'a>>,
+        "ownerReferences" => owners: ListOf<OwnerReference<'a>>,
+    }
+    struct OwnerReference {
+        "apiVersion" => api_version: Slot<Text<'a>>,
+        "kind" => kind: Slot<Text<'a>>,
+        "name" => name: Slot<Text<'a>>,
+        "controller" => controller: Slot<bool>,
+    }
+    struct Spec {
+        "hostNetwork" => host_network: Slot<bool>,
+        "os" => os: Slot<Os<'a>>,
+        "nodeSelector" => node_selector: Slot<Labels<'a>>,
+        "restartPolicy" => restart_policy: Slot<Text<'a>>,
+        "securityContext" => security_context: Slot<SecurityContext<'a>>,
+        "resources" => resources: Slot<Resources<'a>>,
+        "containers" => containers: ListOf<Container<'a>>,
+        "initContainers" => init_containers: ListOf<Container<'a>>,
+        "volumes" => volumes: ListOf<Fields<'a>>,
+        "imagePullSecrets" => pull_secrets: ListOf<Named<'a>>,
+    }
+    struct Os {
+        "name" => name: Slot<Text<'a>>,
+    }
+    struct Named {
+        "name" => name: Slot<Text<'a>>,
+    }
+    struct SecurityContext {
+        "runAsGroup" => run_as_group: Slot<i64>,
+    }
+    /// Requests and limits, by resource.
+    struct Resources {
+        "requests" => requests: Slot<Amounts<'a>>,
+        "limits" => limits: Slot<Amounts<'a>>,
+    }
+    struct Container {
+        "name" => name: Slot<Text<'a>>,
+        "image" => image: Slot<Text<'a>>,
+        "restartPolicy" => restart_policy: Slot<Text<'a>>,
+        "ports" => ports: ListOf<Port<'a>>,
+        "env" => env: Option<Raw<'a>>,
+        "volumeMounts" => volume_mounts: Option<Raw<'a>>,
+        "resources" => resources: Slot<Resources<'a>>,
+        "securityContext" => security_context: Slot<SecurityContext<'a>>,
+        "livenessProbe" => liveness: Slot<Handlers<'a>>,
+        "readinessProbe" => readiness: Slot<Handlers<'a>>,
+        "startupProbe" => startup: Slot<Handlers<'a>>,
+        "lifecycle" => lifecycle: Slot<Lifecycle<'a>>,
+    }
+    struct Port {
+        "name" => name: Slot<Text<'a>>,
+        "containerPort" => number: Slot<i64>,
+        "protocol" => protocol: Slot<Text<'a>>,
+    }
+    struct Lifecycle {
+        "postStart" => post_start: Slot<Handlers<'a>>,
+        "preStop" => pre_stop: Slot<Handlers<'a>>,
+    }
+    /// A probe or a lifecycle handler.
+    struct Handlers {
+        "exec" => exec: Option<Raw<'a>>,
+        "sleep" => sleep: Option<Raw<'a>>,
+        "httpGet" => http_get: Slot<Fields<'a>>,
+        "tcpSocket" => tcp_socket: Slot<Fields<'a>>,
+        "grpc" => grpc: Slot<Fields<'a>>,
+        "timeoutSeconds" => timeout_seconds: Slot<i64>,
+    }
+    struct EnvVar {
+        "name" => name: Slot<Text<'a>>,
+        "value" => value: Slot<Text<'a>>,
+    }
+    struct VolumeMount {
+        "name" => name: Slot<Text<'a>>,
+        "mountPath" => path: Slot<Text<'a>>,
+    }
+}
+
+/// Amounts by resource; a number is as good as a string.
+pub(super) type Amounts<'a> = Table<'a, Amount<'a>>;
+
+/// The text of a quantity.
+#[derive(Debug, Clone)]
+pub(super) struct Amount<'a>(pub(super) Text<'a>);
+
+impl<'a> Lax<'a> for Amounts<'a> {
+    fn object<A: serde::de::MapAccess<'a>>(entries: A) -> Result<Option<Self>, A::Error> {
+        Ok(<Fields<'a> as Lax>::object(entries)?.map(|fields| fields.map(amount)))
+    }
+}
+
+fn amount(raw: Raw<'_>) -> Amount<'_> {
+    match raw.read::<Text<'_>>() {
+        Slot::Present(text) => Amount(text),
+        _ => Amount(Cow::Borrowed(raw.0.get())),
+    }
+}
+
+impl<'a> PodView<'a> {
+    /// Reads a pod; anything but one JSON object is a pod without anything.
+    pub(super) fn parse(json: &'a [u8]) -> Result<Self, PodError> {
+        let text = std::str::from_utf8(json)?;
+        Ok(match serde_json::from_str(text)? {
+            Slot::Present(pod) => pod,
+            Slot::Missing | Slot::Odd => Self::default(),
+        })
+    }
+
+    pub(super) fn label(&self, key: &str) -> Option<&str> {
+        text_of(&self.metadata.present()?.labels, key)
+    }
+
+    pub(super) fn annotation(&self, key: &str) -> Option<&str> {
+        text_of(&self.metadata.present()?.annotations, key)
+    }
+
+    /// Whether the key is there, with whatever value.
+    pub(super) fn has_label(&self, key: &str) -> bool {
+        let labels = self.metadata.present().and_then(|m| m.labels.present());
+        labels
+            .and_then(|labels| labels.find(key))
+            .is_some_and(|value| !value.is_missing())
+    }
+
+    pub(super) fn has_annotation(&self, key: &str) -> bool {
+        let annotations = self
+            .metadata
+            .present()
+            .and_then(|m| m.annotations.present());
+        annotations
+            .and_then(|annotations| annotations.find(key))
+            .is_some_and(|value| !value.is_missing())
+    }
+
+    pub(super) fn containers(&self) -> &[Slot<Container<'a>>] {
+        self.spec
+            .present()
+            .map_or(&[], |spec| spec.containers.items())
+    }
+
+    pub(super) fn init_containers(&self) -> &[Slot<Container<'a>>] {
+        self.spec
+            .present()
+            .map_or(&[], |spec| spec.init_containers.items())
+    }
+
+    /// Init containers, then containers.
+    pub(super) fn all_containers(&self) -> impl Iterator<Item = &Container<'a>> {
+        let all = self.init_containers().iter().chain(self.containers());
+        all.filter_map(Slot::present)
+    }
+
+    pub(super) fn volumes(&self) -> impl Iterator<Item = &Fields<'a>> {
+        let volumes = self
+            .spec
+            .present()
+            .map_or(&[][..], |spec| spec.volumes.items());
+        volumes.iter().filter_map(Slot::present)
+    }
+
+    pub(super) fn init_names(&self) -> BTreeSet<&str> {
+        self.init_containers()
+            .iter()
+            .filter_map(Slot::present)
+            .filter_map(Container::name)
+            .collect()
+    }
+
+    /// The pod, or something that we would have to write under, is of a type that is no pod's.
+    pub(super) fn is_unwritable(&self) -> bool {
+        let Some(spec) = self.spec.present() else {
+            return true;
+        };
+        let metadata = match &self.metadata {
+            Slot::Odd => return true,
+            Slot::Missing => &Metadata::default(),
+            Slot::Present(metadata) => metadata,
+        };
+        metadata.labels.is_odd()
+            || metadata.annotations.is_odd()
+            || spec.containers.is_odd()
+            || spec.init_containers.is_odd()
+            || spec.volumes.is_odd()
+            || spec.pull_secrets.is_odd()
+    }
+}
+
+fn text_of<'s>(labels: &'s Slot<Labels<'_>>, key: &str) -> Option<&'s str> {
+    labels.present()?.find(key)?.text()
+}
+
+impl<'a> Container<'a> {
+    /// The name; an empty one is none.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.name.text().filter(|name| !name.is_empty())
+    }
+
+    pub(super) fn is_named(&self, name: &str) -> bool {
+        self.name.text() == Some(name)
+    }
+
+    /// An init container that stays (KEP-753).
+    pub(super) fn is_native_sidecar(&self) -> bool {
+        self.restart_policy.text() == Some("Always")
+    }
+
+    pub(super) fn ports(&self) -> impl Iterator<Item = &Port<'a>> {
+        self.ports.items().iter().filter_map(Slot::present)
+    }
+
+    /// The environment, read only when it is looked at: it may hold thousands of variables.
+    pub(super) fn env(&self) -> Slot<Vec<Slot<EnvVar<'a>>>> {
+        self.env.map_or(Slot::Missing, Raw::read)
+    }
+
+    pub(super) fn volume_mounts(&self) -> Slot<Vec<Slot<VolumeMount<'a>>>> {
+        self.volume_mounts.map_or(Slot::Missing, Raw::read)
+    }
+}

@@ -1,0 +1,370 @@
+//! Probes and lifecycle handlers that the kubelet sends over the network, handed to the agent.
+//!
+//! The kubelet dials the pod from outside the mesh and would be refused where mutual TLS is strict. Its handler is
+//! replaced by one that the agent serves; the original goes to the agent, which repeats it inside the pod.
+
+use std::{borrow::Cow, collections::BTreeMap, fmt::Write, net::IpAddr};
+
+use super::{
+    capture::{AGENT_PORT, STATUS_PORT},
+    lax::{
+        Fields, Lax, Raw, Slot, Table, Text, write_canonical, write_text, write_text_unexpanded,
+    },
+    patch::{Operations, Pointer},
+    pod::{Container, Handlers},
+    reason::{Warning, WarningCode},
+};
+
+/// Original handlers as JSON, by the path at which the agent serves them: the value of `MALHA_PROBES`.
+pub(super) type Records = BTreeMap<String, String>;
+
+/// Where a handler stands in a container, and what the agent calls it.
+struct Site {
+    tokens: &'static [&'static str],
+    route: &'static str,
+    name: &'static str,
+    handlers: for<'c, 'a> fn(&'c Container<'a>) -> Option<&'c Handlers<'a>>,
+    /// Only `httpGet` is sent over the network; the kubelet never runs a lifecycle `tcpSocket`.
+    lifecycle: bool,
+}
+
+const SITES: [Site; 5] = [
+    Site {
+        tokens: &["livenessProbe"],
+        route: "app-health",
+        name: "livez",
+        handlers: |container| container.liveness.present(),
+        lifecycle: false,
+    },
+    Site {
+        tokens: &["readinessProbe"],
+        route: "app-health",
+        name: "readyz",
+        handlers: |container| container.readiness.present(),
+        lifecycle: false,
+    },
+    Site {
+        tokens: &["startupProbe"],
+        route: "app-health",
+        name: "startupz",
+        handlers: |container| container.startup.present(),
+        lifecycle: false,
+    },
+    Site {
+        tokens: &["lifecycle", "postStart"],
+        route: "app-lifecycle",
+        name: "poststart",
+        handlers: |container| container.lifecycle.present()?.post_start.present(),
+        lifecycle: true,
+    },
+    Site {
+        tokens: &["lifecycle", "preStop"],
+        route: "app-lifecycle",
+        name: "prestop",
+        handlers: |container| container.lifecycle.present()?.pre_stop.present(),
+        lifecycle: true,
+    },
+];
+
+/// A handler that the kubelet sends over the network.
+struct Networked<'h, 'a> {
+    kind: &'static str,
+    fields: &'h Fields<'a>,
+}
+
+/// A port as Kubernetes lets one write it.
+#[derive(Debug)]
+enum Port<'a> {
+    Number(i64),
+    Name(Text<'a>),
+}
+
+impl<'a> Lax<'a> for Port<'a> {
+    fn integer(value: i64) -> Option<Self> {
+        Some(Self::Number(value))
+    }
+    fn text(text: Cow<'a, str>) -> Option<Self> {
+        Some(Self::Name(text))
+    }
+}
+
+/// Rewrites the handlers of one container, which stands at `pointer`, and records the originals.
+pub(super) fn rewrite(
+    container: &Container<'_>,
+    pointer: &Pointer,
+    records: &mut Records,
+    operations: &mut Operations,
+    warnings: &mut Vec<Warning>,
+) {
+    let Some(name) = container.name() else {
+        return;
+    };
+    for site in &SITES {
+        let Some(handlers) = (site.handlers)(container) else {
+            continue;
+        };
+        let Some(networked) = networked(handlers, site.lifecycle) else {
+            continue;
+        };
+        let path = path(site, name);
+        if records.contains_key(&path) {
+            continue; // done by an earlier call, or a second container of the same name, which is refused anyway
+        }
+        match target(container, &networked) {
+            Ok(port) => {
+                records.insert(path.clone(), record(&networked, port, handlers));
+                let at = site
+                    .tokens
+                    .iter()
+                    .fold(pointer.clone(), |at, token| at.key(token));
+                replace(&networked, &at, &path, operations);
+            }
+            Err(fault) => warnings.push(fault.warning(name, site)),
+        }
+    }
+}
+
+/// Whether anything of the container's would be rewritten.
+pub(super) fn has_networked(container: &Container<'_>) -> bool {
+    let mut sites = SITES.iter();
+    sites.any(|site| {
+        (site.handlers)(container)
+            .is_some_and(|handlers| networked(handlers, site.lifecycle).is_some())
+    })
+}
+
+/// The ports that the kubelet dials in this container itself.
+pub(super) fn probed_ports(container: &Container<'_>) -> Vec<u16> {
+    let handlers = SITES
+        .iter()
+        .filter_map(|site| networked((site.handlers)(container)?, site.lifecycle));
+    handlers
+        .filter_map(|networked| resolve(container, networked.fields).ok())
+        .collect()
+}
+
+/// The one handler, if it goes over the network. Two handlers are refused by the API server in better words.
+fn networked<'h, 'a>(handlers: &'h Handlers<'a>, lifecycle: bool) -> Option<Networked<'h, 'a>> {
+    let there = [
+        ("httpGet", handlers.http_get.present()),
+        ("tcpSocket", handlers.tcp_socket.present()),
+        ("grpc", handlers.grpc.present()),
+    ];
+    let mut networked = there.into_iter().filter_map(|(kind, fields)| {
+        Some(Networked {
+            kind,
+            fields: fields?,
+        })
+    });
+    let first = networked.next()?;
+    let alone = networked.next().is_none() && handlers.exec.is_none() && handlers.sleep.is_none();
+    (alone && (!lifecycle || first.kind == "httpGet")).then_some(first)
+}
+
+/// Why a handler stays as it is.
+enum Fault {
+    PortUnresolved,
+    PortIsOurs(u16),
+    HostExternal,
+}
+
+impl Fault {
+    fn warning(&self, container: &str, site: &Site) -> Warning {
+        let handler = site.tokens.last().copied().unwrap_or_default();
+        let container = super::annotations::shown(container);
+        match self {
+            Self::PortUnresolved => Warning::new(
+                WarningCode::ProbePortUnresolved,
+                format_args!(
+                    "{handler} of {container} stays as it is: its port is no port of the container"
+                ),
+            ),
+            Self::PortIsOurs(port) => Warning::new(
+                WarningCode::ProbePortUnresolved,
+                format_args!(
+                    "{handler} of {container} stays as it is: port {port} is the sidecar's own"
+                ),
+            ),
+            Self::HostExternal => Warning::new(
+                WarningCode::ProbeHostExternal,
+                format_args!("{handler} of {container} stays as it is: it dials another host"),
+            ),
+        }
+    }
+}
+
+/// The port inside the pod that the handler dials.
+fn target(container: &Container<'_>, networked: &Networked<'_, '_>) -> Result<u16, Fault> {
+    if networked.kind != "grpc" && !dials_the_pod(networked.fields) {
+        return Err(Fault::HostExternal);
+    }
+    match resolve(container, networked.fields)? {
+        port @ (AGENT_PORT | STATUS_PORT) => Err(Fault::PortIsOurs(port)),
+        port => Ok(port),
+    }
+}
+
+fn resolve(container: &Container<'_>, fields: &Fields<'_>) -> Result<u16, Fault> {
+    let number = match fields.read::<Port<'_>>("port") {
+        Slot::Present(Port::Number(number)) => Some(number),
+        Slot::Present(Port::Name(name)) => {
+            let named = container
+                .ports()
+                .find(|port| port.name.text() == Some(&name));
+            named.and_then(|port| port.number.present().copied())
+        }
+        Slot::Missing | Slot::Odd => None,
+    };
+    let port = number.and_then(|number| u16::try_from(number).ok());
+    port.filter(|port| *port != 0).ok_or(Fault::PortUnresolved)
+}
+
+/// No host, or one that can only mean the pod.
+fn dials_the_pod(fields: &Fields<'_>) -> bool {
+    match fields.read::<Text<'_>>("host") {
+        Slot::Missing => true,
+        Slot::Odd => false,
+        Slot::Present(host) => {
+            let address = host
+                .trim_start_matches('[')
+                .trim_end_matches(']')
+                .parse::<IpAddr>();
+            host.is_empty()
+                || host == "localhost"
+                || address.is_ok_and(|address| address.is_loopback())
+        }
+    }
+}
+
+/// `/app-health/<container>/livez` and the like; an odd name cannot make two paths equal.
+fn path(site: &Site, container: &str) -> String {
+    let mut path = format!("/{}/", site.route);
+    for byte in container.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            path.push(char::from(byte));
+        } else {
+            write!(path, "%{byte:02X}").expect("a string takes everything");
+        }
+    }
+    path.push('/');
+    path.push_str(site.name);
+    path
+}
+
+/// `{"httpGet": <as it was, its port a number>, "named": <its port's name>, "timeoutSeconds": ..}`.
+fn record(networked: &Networked<'_, '_>, port: u16, handlers: &Handlers<'_>) -> String {
+    let mut json = String::with_capacity(96);
+    json.push('{');
+    write_text(networked.kind, &mut json);
+    json.push(':');
+    write_fields(
+        networked.fields,
+        &[("port", port.to_string())],
+        &[],
+        &mut json,
+    );
+    if let Slot::Present(Port::Name(name)) = networked.fields.read("port") {
+        json.push_str(",\"named\":");
+        write_text_unexpanded(&name, &mut json);
+    }
+    if let Some(seconds) = handlers.timeout_seconds.present() {
+        write!(json, ",\"timeoutSeconds\":{seconds}").expect("a string takes everything");
+    }
+    json.push('}');
+    json
+}
+
+/// The new handler keeps the headers, and any field that we do not know; it loses the host, which Pod Security forbids.
+fn replace(
+    networked: &Networked<'_, '_>,
+    handlers: &Pointer,
+    path: &str,
+    operations: &mut Operations,
+) {
+    let mut written_path = String::new();
+    write_text(path, &mut written_path);
+    let ours = [
+        ("path", written_path),
+        ("port", AGENT_PORT.to_string()),
+        ("scheme", "\"HTTP\"".to_owned()),
+    ];
+    let mut json = String::with_capacity(96);
+    if networked.kind == "httpGet" {
+        write_fields(networked.fields, &ours, &["host"], &mut json);
+        operations.replace(&handlers.key("httpGet"), &json);
+    } else {
+        write_fields(&Table::default(), &ours, &[], &mut json);
+        operations.remove(&handlers.key(networked.kind));
+        operations.add(&handlers.key("httpGet"), &json);
+    }
+}
+
+/// Writes `fields` with some values put in and some keys left out, sorted by key.
+fn write_fields(fields: &Fields<'_>, with: &[(&str, String)], without: &[&str], out: &mut String) {
+    let mut all: BTreeMap<&str, Cow<'_, str>> = BTreeMap::new();
+    for (key, raw) in fields.iter().filter(|(key, _)| !without.contains(key)) {
+        let mut value = String::new();
+        write_canonical(*raw, &mut value);
+        all.insert(key, Cow::Owned(value));
+    }
+    all.extend(
+        with.iter()
+            .map(|(key, value)| (*key, Cow::Borrowed(value.as_str()))),
+    );
+    out.push('{');
+    for (at, (key, value)) in all.iter().enumerate() {
+        if at > 0 {
+            out.push(',');
+        }
+        write_text_unexpanded(key, out);
+        out.push(':');
+        out.push_str(value);
+    }
+    out.push('}');
+}
+
+/// The value of `MALHA_PROBES`.
+pub(super) fn to_json(records: &Records) -> String {
+    let mut json = String::from("{");
+    for (at, (path, record)) in records.iter().enumerate() {
+        if at > 0 {
+            json.push(',');
+        }
+        write_text(path, &mut json);
+        json.push(':');
+        json.push_str(record);
+    }
+    json.push('}');
+    json
+}
+
+/// Reads one record back: the kind of handler, and its fields as they stood in the pod.
+pub(super) fn original(record: &serde_json::Value) -> Option<(&'static str, serde_json::Value)> {
+    let kind = ["httpGet", "tcpSocket", "grpc"]
+        .into_iter()
+        .find(|kind| record.get(kind).is_some())?;
+    let mut fields = record.get(kind)?.clone();
+    if let Some(name) = record.get("named") {
+        fields
+            .as_object_mut()?
+            .insert("port".to_owned(), name.clone());
+    }
+    Some((kind, fields))
+}
+
+/// Where in a container the handler stands that is served at `path`, and the container's name, still encoded.
+pub(super) fn site_of(path: &str) -> Option<(&'static [&'static str], &str)> {
+    let (rest, name) = path.rsplit_once('/')?;
+    let (route, container) = rest.strip_prefix('/')?.split_once('/')?;
+    let site = SITES
+        .iter()
+        .find(|site| site.name == name && site.route == route)?;
+    Some((site.tokens, container))
+}
+
+/// A record that is there already, for a second call.
+pub(super) fn kept(raw: &serde_json::value::RawValue) -> String {
+    let mut json = String::new();
+    write_canonical(Raw(raw), &mut json);
+    json
+}

@@ -1,0 +1,292 @@
+//! Requests and limits of what is injected, so that quotas accept the pod and its QoS class stays.
+
+use super::{
+    Denial,
+    annotations::{Wishes, invalid},
+    lax::{Slot, write_text},
+    ours,
+    patch::{Operations, Pointer},
+    pod::{Amounts, Container, PodView, Resources},
+    quantity::Quantity,
+    record::Record,
+    settings::{AmountSettings, InjectSettings, ResourceSettings},
+};
+
+/// A pod's class, as `k8s.io/kubernetes/pkg/apis/core/v1/helper/qos` computes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Qos {
+    Guaranteed,
+    Burstable,
+    BestEffort,
+}
+
+/// What both of our containers ask for.
+#[derive(Debug)]
+pub(super) struct Shares {
+    pub(super) proxy: ResourceSettings,
+    pub(super) init: ResourceSettings,
+}
+
+/// Settings, annotations and the pod's class decide.
+///
+/// # Errors
+/// When annotations give a request above a limit.
+pub(super) fn shares(
+    pod: &PodView<'_>,
+    wishes: &Wishes<'_>,
+    settings: &InjectSettings,
+) -> Result<Shares, Denial> {
+    let guaranteed = qos(pod) == Qos::Guaranteed;
+    let proxy = proxy_share(wishes, settings, guaranteed)?;
+    let mut init = settings.init.resources.clone();
+    if guaranteed {
+        init.requests = init.limits.clone();
+    } else if is_empty(&proxy) {
+        init = ResourceSettings::default(); // the operator wants BestEffort pods to stay so
+    }
+    Ok(Shares { proxy, init })
+}
+
+fn proxy_share(
+    wishes: &Wishes<'_>,
+    settings: &InjectSettings,
+    guaranteed: bool,
+) -> Result<ResourceSettings, Denial> {
+    let defaults = match guaranteed {
+        true => {
+            let pair = &settings.proxy.guaranteed;
+            &ResourceSettings {
+                requests: pair.clone(),
+                limits: pair.clone(),
+            }
+        }
+        false => &settings.proxy.resources,
+    };
+    let merge = |request: &Option<Quantity>,
+                 limit: &Option<Quantity>,
+                 of: fn(&AmountSettings) -> &Option<Quantity>| {
+        let default = (of(&defaults.requests).clone(), of(&defaults.limits).clone());
+        merged(default, request.clone(), limit.clone(), guaranteed)
+    };
+    let (cpu, memory) = (
+        merge(&wishes.cpu_request, &wishes.cpu_limit, |amount| &amount.cpu).map_err(|request| {
+            above_limit("sidecar.istio.io/proxyCPU", &request, &wishes.cpu_limit)
+        })?,
+        merge(&wishes.memory_request, &wishes.memory_limit, |amount| {
+            &amount.memory
+        })
+        .map_err(|request| {
+            above_limit(
+                "sidecar.istio.io/proxyMemory",
+                &request,
+                &wishes.memory_limit,
+            )
+        })?,
+    );
+    Ok(ResourceSettings {
+        requests: AmountSettings {
+            cpu: cpu.0,
+            memory: memory.0,
+        },
+        limits: AmountSettings {
+            cpu: cpu.1,
+            memory: memory.1,
+        },
+    })
+}
+
+type Pair = (Option<Quantity>, Option<Quantity>);
+
+/// One resource's request and limit: each is merged by itself, and only a contradiction moves the other.
+///
+/// # Errors
+/// The request that is above the limit, when both were asked for.
+fn merged(
+    default: Pair,
+    request: Option<Quantity>,
+    limit: Option<Quantity>,
+    guaranteed: bool,
+) -> Result<Pair, Quantity> {
+    let unlimited = |limit: &Quantity| limit.is_zero();
+    let pair = match (request, limit) {
+        (None, None) => default,
+        (Some(request), None) => {
+            let raised = default.1.map(|limit| {
+                if guaranteed || request > limit {
+                    request.clone()
+                } else {
+                    limit
+                }
+            });
+            (Some(request), raised)
+        }
+        (None, Some(limit)) if unlimited(&limit) => (default.0, None),
+        (None, Some(limit)) => {
+            let lowered = default.0.map(|request| {
+                if guaranteed || limit < request {
+                    limit.clone()
+                } else {
+                    request
+                }
+            });
+            (lowered, Some(limit))
+        }
+        (Some(request), Some(limit)) if unlimited(&limit) => (Some(request), None),
+        (Some(request), Some(limit)) if request > limit => return Err(request),
+        (request, limit) => (request, limit),
+    };
+    Ok((pair.0, pair.1.filter(|limit| !unlimited(limit))))
+}
+
+fn above_limit(annotation: &str, request: &Quantity, limit: &Option<Quantity>) -> Denial {
+    let limit = limit.as_ref().map_or("0", Quantity::as_str);
+    invalid(
+        annotation,
+        request.as_str(),
+        &format!("at most {annotation}Limit, which is {limit}"),
+    )
+}
+
+fn is_empty(resources: &ResourceSettings) -> bool {
+    let none = |amount: &AmountSettings| amount.cpu.is_none() && amount.memory.is_none();
+    none(&resources.requests) && none(&resources.limits)
+}
+
+/// Writes `{"limits":{..},"requests":{..}}`; nothing for what is not set.
+pub(super) fn write(resources: &ResourceSettings, out: &mut String) {
+    out.push('{');
+    for (name, amount) in [
+        ("limits", &resources.limits),
+        ("requests", &resources.requests),
+    ] {
+        let values = [("cpu", &amount.cpu), ("memory", &amount.memory)];
+        let mut present = values
+            .iter()
+            .filter_map(|(key, value)| Some((key, value.as_ref()?)))
+            .peekable();
+        if present.peek().is_none() {
+            continue;
+        }
+        if !out.ends_with('{') {
+            out.push(',');
+        }
+        write_text(name, out);
+        out.push_str(":{");
+        for (key, value) in present {
+            if !out.ends_with('{') {
+                out.push(',');
+            }
+            write_text(key, out);
+            out.push(':');
+            write_text(value.as_str(), out);
+        }
+        out.push('}');
+    }
+    out.push('}');
+}
+
+/// Where the pod has resources of its own, the sidecar's share is added to each value that is there.
+///
+/// A pod's request must not be below the sum of its containers', nor its limit below any one's; the init container
+/// runs before the sidecar or beside it, so the larger of the two is added.
+pub(super) fn pad_pod(
+    pod: &PodView<'_>,
+    shares: &Shares,
+    record: &mut Record,
+    operations: &mut Operations,
+) {
+    let Some(own) = pod.spec.present().and_then(|spec| spec.resources.present()) else {
+        return;
+    };
+    let sides = [
+        (
+            "limits",
+            &own.limits,
+            &shares.proxy.limits,
+            &shares.init.limits,
+        ),
+        (
+            "requests",
+            &own.requests,
+            &shares.proxy.requests,
+            &shares.init.requests,
+        ),
+    ];
+    for (side, amounts, proxy, init) in sides {
+        for (key, proxy, init) in [
+            ("cpu", &proxy.cpu, &init.cpu),
+            ("memory", &proxy.memory, &init.memory),
+        ] {
+            let Some(text) = amounts.present().and_then(|amounts| amounts.find(key)) else {
+                continue;
+            };
+            let Some(padded) = padded(&text.0, proxy.as_ref(), init.as_ref()) else {
+                continue;
+            };
+            let pointer = Pointer::new(&["spec", "resources", side, key]);
+            operations.add_text(&pointer, padded.as_str());
+            let originals = record.resources.entry(side.to_owned()).or_default();
+            originals.insert(key.to_owned(), text.0.to_string());
+        }
+    }
+}
+
+/// `None` where nothing changes, or where the value is none that could be read.
+fn padded(own: &str, proxy: Option<&Quantity>, init: Option<&Quantity>) -> Option<Quantity> {
+    let own = Quantity::parse(own)?;
+    let padded = match proxy {
+        Some(proxy) => own.plus(init.map_or(proxy, |init| init.max(proxy)))?,
+        None => init.filter(|init| **init > own)?.clone(),
+    };
+    (padded != own).then_some(padded)
+}
+
+/// The class of the pod without what is ours.
+pub(super) fn qos(pod: &PodView<'_>) -> Qos {
+    let own = pod
+        .spec
+        .present()
+        .and_then(|spec| spec.resources.present())
+        .filter(|own| is_set(own));
+    if let Some(own) = own {
+        return class([own].into_iter());
+    }
+    let nothing = Resources::default();
+    let containers = pod
+        .all_containers()
+        .filter(|container| !ours::is_ours(container));
+    class(
+        containers
+            .map(|container: &Container<'_>| container.resources.present().unwrap_or(&nothing)),
+    )
+}
+
+fn is_set(resources: &Resources<'_>) -> bool {
+    ["cpu", "memory"].iter().any(|key| {
+        amount(&resources.requests, key).is_some() || amount(&resources.limits, key).is_some()
+    })
+}
+
+fn class<'r, 'a: 'r>(all: impl Iterator<Item = &'r Resources<'a>>) -> Qos {
+    let (mut any, mut guaranteed) = (false, true);
+    for resources in all {
+        for key in ["cpu", "memory"] {
+            let limit = amount(&resources.limits, key);
+            // A missing request is defaulted to the limit.
+            let request = amount(&resources.requests, key).or_else(|| limit.clone());
+            any |= request.is_some();
+            guaranteed &= limit.is_some() && request == limit;
+        }
+    }
+    match (any, guaranteed) {
+        (false, _) => Qos::BestEffort,
+        (true, true) => Qos::Guaranteed,
+        (true, false) => Qos::Burstable,
+    }
+}
+
+/// An amount above zero.
+fn amount(amounts: &Slot<Amounts<'_>>, key: &str) -> Option<Quantity> {
+    let text = amounts.present()?.find(key)?;
+    Quantity::parse(&text.0).filter(|quantity| !quantity.is_zero() && !quantity.is_negative())
+}
