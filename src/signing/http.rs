@@ -10,7 +10,7 @@ use std::{borrow::Cow, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    body::{Body, Bytes},
+    body::{Body, Bytes, HttpBody as _},
     extract::{ConnectInfo, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header},
     routing::{get, post},
@@ -158,6 +158,10 @@ fn encoded(body: &[u8]) -> Encoded<'_> {
 }
 
 async fn read(body: Body, limit: usize) -> Result<Bytes, Refusal> {
+    // a length that is announced need not be waited for
+    if body.size_hint().lower() > limit as u64 {
+        return Err(Refusal::BodyTooLarge(limit));
+    }
     let collected = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await;
     match collected {
         Ok(Ok(body)) => Ok(body.to_bytes()),

@@ -115,6 +115,8 @@ pub struct LocalTokens {
     directory: Directory,
     trust_domain: TrustDomain,
     known: ArcSwap<Known>,
+    /// Held while the key is read again: a thousand strange tokens at once are one reading.
+    reading: tokio::sync::Mutex<()>,
 }
 
 struct Known {
@@ -137,7 +139,17 @@ impl LocalTokens {
             directory: directory.clone(),
             trust_domain,
             known,
+            reading: tokio::sync::Mutex::default(),
         })
+    }
+
+    async fn read_again(&self) -> Result<Known, CallerError> {
+        let directory = self.directory.clone();
+        match tokio::task::spawn_blocking(move || Known::read(&directory)).await {
+            Ok(Ok(known)) => Ok(known),
+            Ok(Err(e)) => Err(CallerError::VerifierUnavailable(e.to_string())),
+            Err(e) => Err(CallerError::VerifierUnavailable(e.to_string())),
+        }
     }
 
     fn check(&self, known: &Known, token: &str, now: Timestamp) -> Result<Caller, CallerError> {
@@ -148,31 +160,28 @@ impl LocalTokens {
 impl Authenticate for LocalTokens {
     async fn authenticate(&self, token: &str, now: Timestamp) -> Result<Caller, Denial> {
         let known = self.known.load_full();
-        match self.check(&known, token, now) {
-            // the key file may have been removed and made anew since it was read
+        let checked = self.check(&known, token, now);
+        // the key file may have been removed and made anew since it was read
+        let strange = matches!(
+            checked,
             Err(CallerError::UnknownKey(_) | CallerError::UnknownIssuer(_))
-                if known.read_at.elapsed() >= REREAD =>
-            {
-                let directory = self.directory.clone();
-                let anew = tokio::task::spawn_blocking(move || Known::read(&directory)).await;
-                let anew = match anew {
-                    Ok(Ok(anew)) => Arc::new(anew),
-                    Ok(Err(e)) => {
-                        return Err(CallerError::VerifierUnavailable(e.to_string()).into());
-                    }
-                    Err(e) => return Err(CallerError::VerifierUnavailable(e.to_string()).into()),
-                };
-                self.known.store(Arc::clone(&anew));
-                Ok(self.check(&anew, token, now)?)
-            }
-            checked => Ok(checked?),
+        );
+        if !strange || known.read_at.elapsed() < REREAD {
+            return Ok(checked?);
         }
+        let Ok(_reading) = self.reading.try_lock() else {
+            return Ok(checked?);
+        };
+        let anew = Arc::new(self.read_again().await?);
+        self.known.store(Arc::clone(&anew));
+        Ok(self.check(&anew, token, now)?)
     }
 }
 
 impl Known {
     fn read(directory: &Directory) -> Result<Self, DirectoryError> {
-        let public = PublicKey::of(&load_or_make(directory)?);
+        let key = load_or_make(directory)?;
+        let public = PublicKey::of(&key);
         let jwks = public.jwks().to_string();
         let keys = KeySet::parse(jwks.as_bytes()).map_err(|e| DirectoryError::BadTokenKey {
             path: directory.token_key(),
@@ -227,7 +236,10 @@ impl PublicKey {
     }
 }
 
-fn load_or_make(directory: &Directory) -> Result<rcgen::KeyPair, DirectoryError> {
+/// Wiped when dropped: by itself a `KeyPair` is not.
+type Key = Zeroizing<rcgen::KeyPair>;
+
+fn load_or_make(directory: &Directory) -> Result<Key, DirectoryError> {
     let path = directory.token_key();
     if let Some(text) = files::read_secret(&path)? {
         return parse_key(directory, &text);
@@ -241,12 +253,13 @@ fn load_or_make(directory: &Directory) -> Result<rcgen::KeyPair, DirectoryError>
         .map_err(|e| bad_key(directory, &e))?;
     let pem = Zeroizing::new(made.serialize_pem());
     files::replace(&path, pem.as_bytes(), Access::Secret, &held)?;
-    Ok(made)
+    Ok(Zeroizing::new(made))
 }
 
-fn parse_key(directory: &Directory, text: &[u8]) -> Result<rcgen::KeyPair, DirectoryError> {
+fn parse_key(directory: &Directory, text: &[u8]) -> Result<Key, DirectoryError> {
     let text = str::from_utf8(text).map_err(|e| bad_key(directory, &e))?;
     rcgen::KeyPair::from_pem_and_sign_algo(text, &rcgen::PKCS_ECDSA_P256_SHA256)
+        .map(Zeroizing::new)
         .map_err(|e| bad_key(directory, &e))
 }
 
