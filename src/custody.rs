@@ -1,128 +1,381 @@
 //! Keeps the authority: loads its journal, rotates it, and publishes what may be signed with.
 //!
-//! journal's home -> [`Custody`] -> `Arc<Authority>` -> everyone who signs or serves
+//! ```text
+//! journal's home -> open, refresh -> Authority -> watch -> whoever signs
+//! tick           -> load -> ca::rotation::step -> compare-and-swap -> load again -> Authority -> watch
+//! Authority      -> keep_serving -> KeyedChain -> whoever listens
+//! ```
+//!
+//! One writer at a time is the home's promise (compare-and-swap), not ours: any number of processes may tick, each
+//! recomputes from what it reads, and what a process wrote it uses only once it has read it back. So a write that failed
+//! changed nothing here, and a write whose answer was lost is found by the next read. Within a process, reads and writes
+//! take turns, so that an older read never replaces a newer one.
 
-use std::sync::Arc;
+mod advance;
+mod dice;
+mod metrics;
+mod serving;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
-use prometheus_client::registry::Registry;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
+pub use self::{
+    advance::{RotateRequest, Ticked, rotate},
+    metrics::Metrics,
+    serving::keep_serving,
+};
 use crate::{
     ca::{
-        Authority, KeyedChain,
-        journal::{HomeError, JournalHome},
-        profile::Profile,
-        rotation::{PolicyError, RotationPolicy},
+        Authority, AuthorityError, KeyId,
+        journal::{HomeError, Journal, JournalHome, Stored},
+        rotation::{self, PolicyError, Refusal, RotationPolicy},
     },
     clock::Clock,
+    custody::{
+        advance::{Advance, Goal, load},
+        metrics::Step,
+    },
     identity::TrustDomain,
 };
 
-/// The owner of one journal in one process.
+/// The keeper of one journal in one process.
 pub struct Custody<H> {
     home: H,
+    policy: RotationPolicy,
+    clock: Clock,
+    metrics: Metrics,
+    published: watch::Sender<Arc<Authority>>,
+    held: Mutex<Held>,
+    /// Reads and writes of this process take turns.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// What was last read.
+struct Held {
+    version: String,
+    /// The epoch in which this process leads, while it does.
+    leads: Option<u64>,
 }
 
 impl<H: JournalHome> Custody<H> {
-    /// Loads the journal, or makes the first one; replaces an expired intermediate before the first issuance.
+    /// Loads the journal, or makes the first one, and replaces an intermediate that has ended before anybody signs with
+    /// it. Any number of processes may open one home at the same moment: they all end with the same root.
+    ///
+    /// # Errors
+    /// What keeps a process from signing. A home that cannot be reached is worth another try.
     pub async fn open(
-        _home: H,
-        _policy: RotationPolicy,
-        _trust_domain: TrustDomain,
-        _clock: Clock,
+        home: H,
+        policy: RotationPolicy,
+        trust_domain: TrustDomain,
+        clock: Clock,
+        metrics: Metrics,
     ) -> Result<Arc<Self>, CustodyError> {
-        unimplemented!()
+        policy.check()?;
+        let stored = load_or_found(&home, &policy, &trust_domain, &clock).await?;
+        let found = stored.journal.trust_domain();
+        if *found != trust_domain {
+            return Err(CustodyError::OtherTrustDomain {
+                journal: found.clone(),
+                settings: trust_domain,
+            });
+        }
+        let now = clock.now();
+        let authority = Authority::from_journal(&stored.journal, &policy.leaf)?;
+        authority.rehearse(now)?;
+        metrics.read(&stored.journal);
+        let custody = Arc::new(Self {
+            published: watch::Sender::new(Arc::new(authority.fresh_until(stale_after(now)))),
+            held: Mutex::new(Held {
+                version: stored.version,
+                leads: None,
+            }),
+            turn: tokio::sync::Mutex::new(()),
+            home,
+            policy,
+            clock,
+            metrics,
+        });
+        if custody.is_behind(&stored.journal, now)
+            && let Err(error) = custody.tick().await
+        {
+            // Nothing is signed with it meanwhile (`IssuerExpiring`), and the leader goes on trying.
+            tracing::error!(%error, "the CA journal could not be brought up to date at start");
+        }
+        Ok(custody)
     }
+
     /// What signs now.
     pub fn authority(&self) -> Arc<Authority> {
-        unimplemented!()
+        self.published.borrow().clone()
     }
+
     /// Every change of what signs or what is trusted.
     pub fn watch(&self) -> watch::Receiver<Arc<Authority>> {
-        unimplemented!()
+        self.published.subscribe()
     }
+
     /// The journal's home.
     pub fn home(&self) -> &H {
         &self.home
     }
-    /// Reads the home again and publishes what changed; keeps the last good where it cannot be read.
+
+    /// Reads the home again and publishes what changed. Whatever goes wrong, the last good authority stays.
+    ///
+    /// # Errors
+    /// What went wrong; it is logged and counted already.
     pub async fn refresh(&self) -> Result<(), CustodyError> {
-        unimplemented!()
+        let _turn = self.turn.lock().await;
+        let read = match load(&self.home).await {
+            Ok(Some(stored)) => self.adopt(&stored),
+            Ok(None) => Err(CustodyError::JournalLost),
+            Err(error) => Err(error.into()),
+        };
+        read.inspect_err(|error| self.report(error))
     }
-    /// Does what is due: load, step, save by compare-and-swap, read back, publish; at most 5 tries.
+
+    /// Does what is due: load, step, save, load again, publish; until nothing is due.
+    ///
+    /// # Errors
+    /// What went wrong; it is logged and counted already. Whatever it was, nothing changed here that was not read back.
     pub async fn tick(&self) -> Result<Ticked, CustodyError> {
-        unimplemented!()
+        let _turn = self.turn.lock().await;
+        let advanced = self.advance(Goal::WhatIsDue).await;
+        match &advanced {
+            Ok(ticked) => self.metrics.ticked(self.clock.now(), &ticked.done),
+            Err(error) => self.report(error),
+        }
+        advanced
     }
+
     /// The leader's tick and everyone's refresh, until `stop`.
-    pub async fn keep(self: Arc<Self>, _leader: watch::Receiver<bool>, _stop: CancellationToken) {
-        unimplemented!()
+    ///
+    /// Each time `leader` turns true, this process raises the journal's epoch before anything else. From then on a write
+    /// of an earlier leader that was only paused is refused twice: by its own look at the epoch, and by the home.
+    pub async fn keep(self: Arc<Self>, mut leader: watch::Receiver<bool>, stop: CancellationToken) {
+        let mut duty = Duty::Follow;
+        let mut watching = true;
+        if *leader.borrow_and_update() {
+            duty = Duty::Claim;
+        }
+        loop {
+            let pause = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                pause = self.do_duty(&mut duty) => pause,
+            };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                changed = leader.changed(), if watching => {
+                    watching = changed.is_ok();
+                    let leads = watching && *leader.borrow_and_update();
+                    duty = if leads { Duty::Claim } else { Duty::Follow };
+                }
+                () = sleep(pause) => {}
+            }
+            if duty == Duty::Follow {
+                self.held().leads = None;
+            }
+        }
     }
-    /// Puts the `malha_ca_*` gauges and counters of rotation into a registry.
-    pub fn register(&self, _registry: &mut Registry) {
-        unimplemented!()
+
+    /// One turn of [`Custody::keep`]; answers how long to pause after it.
+    async fn do_duty(&self, duty: &mut Duty) -> Duration {
+        if *duty == Duty::Claim {
+            match self.claim().await {
+                Ok(()) => *duty = Duty::Lead,
+                Err(_) => return dice::jitter(RETRY),
+            }
+        }
+        let done = match *duty {
+            Duty::Lead => self.tick().await.map(|ticked| Some(ticked.next)),
+            Duty::Claim | Duty::Follow => self.refresh().await.map(|()| None),
+        };
+        match done {
+            Ok(next) => {
+                let due = next.map(|next| self.clock.now().duration_until(next));
+                let due = due.and_then(|due| Duration::try_from(due).ok());
+                dice::jitter(PERIOD).min(due.unwrap_or(PERIOD).max(SHORTEST_PAUSE))
+            }
+            Err(CustodyError::Superseded { .. }) => {
+                *duty = Duty::Follow;
+                dice::jitter(PERIOD)
+            }
+            Err(_) => dice::jitter(RETRY),
+        }
+    }
+
+    /// Raises the epoch in this process's name.
+    async fn claim(&self) -> Result<(), CustodyError> {
+        let _turn = self.turn.lock().await;
+        let claimed = self.advance(Goal::Lead).await;
+        match &claimed {
+            Ok(ticked) => {
+                self.held().leads = Some(ticked.epoch);
+                tracing::info!(epoch = ticked.epoch, "leads the CA's rotation");
+            }
+            Err(error) => self.report(error),
+        }
+        claimed.map(|_| ())
+    }
+
+    async fn advance(&self, goal: Goal) -> Result<Ticked, CustodyError> {
+        let leads = self.held().leads.filter(|_| goal == Goal::WhatIsDue);
+        Advance {
+            home: &self.home,
+            policy: &self.policy,
+            clock: &self.clock,
+            goal,
+            leads,
+        }
+        .run(|stored| self.adopt(stored))
+        .await
+    }
+
+    /// Publishes what was read, after the checks that its users would make.
+    fn adopt(&self, stored: &Stored) -> Result<(), CustodyError> {
+        let now = self.clock.now();
+        let fresh_until = stale_after(now);
+        let present = self.authority();
+        if self.held().version == stored.version {
+            self.replace_silently(present.fresh_until(fresh_until));
+            self.metrics.matches(true);
+            return Ok(());
+        }
+        let journal = &stored.journal;
+        let knows_ours = |id: &KeyId| journal.authorities().iter().any(|a| a.id() == id);
+        if journal.trust_domain() != present.trust_domain() || !knows_ours(present.root_key_id()) {
+            return Err(CustodyError::Foreign {
+                loaded: present.root_key_id().clone(),
+                found: journal.active().id().clone(),
+            });
+        }
+        let authority = Authority::from_journal(journal, &self.policy.leaf)?;
+        authority.rehearse(now)?;
+        let authority = authority.fresh_until(fresh_until);
+        self.held().version.clone_from(&stored.version);
+        self.metrics.read(journal);
+        if authority.says_the_same(&present) {
+            self.replace_silently(authority);
+        } else {
+            tracing::info!(
+                root = %authority.root_key_id(),
+                issuer = %authority.issuer_key_id(),
+                until = %authority.issuer_validity().not_after,
+                generation = authority.generation(),
+                "signs with a new authority"
+            );
+            self.published.send_replace(Arc::new(authority));
+        }
+        Ok(())
+    }
+
+    /// Those who watch have nothing to do.
+    fn replace_silently(&self, authority: Authority) {
+        self.published.send_if_modified(|present| {
+            *present = Arc::new(authority);
+            false
+        });
+    }
+
+    /// Whether a process should not begin to sign with this journal.
+    fn is_behind(&self, journal: &Journal, now: Timestamp) -> bool {
+        let end = self.authority().issuer_validity().not_after;
+        let rest = end.duration_since(now);
+        journal.longest_leaf() < self.policy.leaf.max
+            || Duration::try_from(rest).map_or(true, |rest| rest < self.policy.leaf.max)
+    }
+
+    fn report(&self, error: &CustodyError) {
+        let step = error.step();
+        self.metrics.failed(step);
+        if error.is_about_the_journal() {
+            self.metrics.matches(false);
+        }
+        let cause = std::error::Error::source(error).map(ToString::to_string);
+        match error {
+            CustodyError::Superseded { .. } => tracing::warn!(%error, "leads no more"),
+            _ => {
+                tracing::error!(%error, cause, step = step.name(), "the CA journal is not as it should be; what was last read stays in use")
+            }
+        }
+    }
+
+    fn held(&self) -> std::sync::MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a tick or a verb did.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ticked {
-    /// What was written, in order; empty where nothing was due.
-    pub done: Vec<Done>,
-    /// When something is due again.
-    pub next: Timestamp,
+/// What a process does about its journal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Duty {
+    /// Reads.
+    Follow,
+    /// Shall lead, and has not said so in the journal yet.
+    Claim,
+    /// Rotates.
+    Lead,
 }
 
-/// One written change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Done {
-    /// A new intermediate stands ready.
-    IntermediatePrepared {
-        /// Its key id.
-        id: String,
-    },
-    /// It signs from now on; the old key is gone.
-    IntermediateActivated {
-        /// Its key id.
-        id: String,
-    },
-    /// `longestLeaf` was raised.
-    LongestLeafRaised,
+/// How often the journal is read where no watch speaks first.
+const PERIOD: Duration = Duration::from_secs(30);
+
+/// How soon it is tried again after a fault.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Between two ticks that both found something to do.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a process signs without having read the journal. A root that stopped signing stays trusted for longer than
+/// this plus the longest leaf, so nothing that is signed in this time is refused by anybody.
+const STALE_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn stale_after(now: Timestamp) -> Timestamp {
+    now.saturating_add(STALE_GRACE).unwrap_or(Timestamp::MAX)
 }
 
-/// What `malha ca rotate` asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RotateRequest {
-    /// Only the intermediate. Without it the whole schedule; by force, the root.
-    pub intermediate: bool,
-    /// Only what is due.
-    pub if_due: bool,
-    /// Say what would be done, write nothing.
-    pub dry_run: bool,
-}
-
-/// One rotation by hand or by the cron job: the same step as the leader's tick, safe beside it.
-pub async fn rotate<H: JournalHome>(
-    _home: &H,
-    _policy: &RotationPolicy,
-    _request: RotateRequest,
-    _clock: &Clock,
-) -> Result<Ticked, CustodyError> {
-    unimplemented!()
-}
-
-/// Keeps one serving certificate fresh: a new key each time, from the current authority; at start, on every change of
-/// the authority, and at half of its life. Checked as its client would before it is handed out.
-pub async fn keep_serving<H: JournalHome>(
-    _custody: Arc<Custody<H>>,
-    _profile: Profile,
-    _clock: Clock,
-    _out: watch::Sender<Option<Arc<KeyedChain>>>,
-    _stop: CancellationToken,
-) {
-    unimplemented!()
+async fn load_or_found<H: JournalHome>(
+    home: &H,
+    policy: &RotationPolicy,
+    trust_domain: &TrustDomain,
+    clock: &Clock,
+) -> Result<Stored, CustodyError> {
+    for _ in 0..advance::TRIES {
+        if let Some(stored) = load(home).await? {
+            return Ok(stored);
+        }
+        // Another process may have founded it after our look, and left its traces before this one: look again.
+        if home.has_earlier_life().await? {
+            return load(home).await?.ok_or(CustodyError::JournalLost);
+        }
+        let (root_key, intermediate_key) = (dice::key()?, dice::key()?);
+        let rolled = [dice::roll()?, dice::roll()?];
+        let now = clock.now();
+        let (journal, _) = rotation::first(
+            trust_domain,
+            root_key,
+            intermediate_key,
+            rolled,
+            now,
+            policy,
+        )?;
+        match home.create(&journal).await {
+            Ok(_) => {
+                tracing::info!(root = %journal.active().id(), "made the first root of {trust_domain}")
+            }
+            Err(HomeError::Conflict { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(CustodyError::LostRaces(advance::TRIES))
 }
 
 /// Why the journal cannot be kept.
@@ -133,16 +386,98 @@ pub enum CustodyError {
     Home(#[from] HomeError),
     /// No journal, but traces of one.
     #[error(
-        "the CA journal is gone, but traces of an earlier life are there; restore it from a backup: a new root would lock out every running pod"
+        "the CA journal is gone, but an earlier life has left its traces; restore it from a backup: a new root would lock out every running pod"
     )]
     JournalLost,
+    /// A verb, before the control plane ever ran.
+    #[error(
+        "there is no CA journal yet; the control plane makes it when it starts for the first time"
+    )]
+    NoJournal,
+    /// The settings name another trust domain than the journal.
+    #[error(
+        "the CA journal is of trust domain {journal}, the settings say {settings}; set it back, or start a new mesh in another place"
+    )]
+    OtherTrustDomain {
+        /// In the journal.
+        journal: TrustDomain,
+        /// In the settings.
+        settings: TrustDomain,
+    },
+    /// Somebody replaced the journal by one that does not know our root.
+    #[error(
+        "the CA journal now holds root {found} and knows nothing of {loaded}, which every running pod trusts; restore it from a backup"
+    )]
+    Foreign {
+        /// The root that we sign below.
+        loaded: KeyId,
+        /// The root in the journal.
+        found: KeyId,
+    },
+    /// What the journal holds cannot be used.
+    #[error("the CA journal holds nothing to sign with: {0}")]
+    Unusable(#[from] AuthorityError),
+    /// Somebody else leads now.
+    #[error(
+        "another leader has raised the epoch to {seen}, ours is {own}; this one writes no more"
+    )]
+    Superseded {
+        /// In which this process led.
+        own: u64,
+        /// In the journal.
+        seen: u64,
+    },
     /// Lost every race for a write.
     #[error("another writer changed the CA journal {0} times in a row; try again")]
     LostRaces(u32),
-    /// Not done, and trying again will not help.
-    #[error("{0}")]
-    Refused(String),
+    /// It cannot be done, and trying again will not help.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Roots are not rotated by hand yet.
+    #[error(
+        "rotating the root by hand is not in this version; --intermediate rotates the intermediate, --if-due does what the schedule asks for"
+    )]
+    RootByHand,
     /// The settings do not fit together.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// The generator of keys failed.
+    #[error("no new key could be made")]
+    Dice,
+}
+
+impl CustodyError {
+    /// Whether the same call may succeed later without anybody doing anything.
+    pub fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            Self::Home(HomeError::Conflict { .. } | HomeError::Unreachable { .. })
+                | Self::LostRaces(_)
+        )
+    }
+
+    fn is_about_the_journal(&self) -> bool {
+        matches!(
+            self,
+            Self::JournalLost
+                | Self::Foreign { .. }
+                | Self::OtherTrustDomain { .. }
+                | Self::Unusable(_)
+                | Self::Home(HomeError::Unreadable { .. })
+        )
+    }
+
+    fn step(&self) -> Step {
+        match self {
+            Self::Home(HomeError::Conflict { .. }) | Self::LostRaces(_) => Step::Save,
+            Self::Home(_) | Self::JournalLost | Self::NoJournal => Step::Load,
+            Self::OtherTrustDomain { .. } | Self::Foreign { .. } | Self::Unusable(_) => {
+                Step::Verify
+            }
+            Self::Superseded { .. } | Self::Refused(_) | Self::RootByHand | Self::Policy(_) => {
+                Step::Decide
+            }
+            Self::Dice => Step::MakeKey,
+        }
+    }
 }
