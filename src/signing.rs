@@ -314,9 +314,7 @@ impl<A: Authenticate> Admitted<'_, A> {
         let answer = self
             .issue(encoded, asked, &authority, &csr, now)
             .map_err(refuse)?;
-        signing
-            .answers
-            .keep(question, &authority, &answer, self.since);
+        signing.answers.keep(question, &answer, self.since);
         signing.metrics.issued("New", self.since.elapsed());
         Ok(self.grant(&authority, answer))
     }
@@ -329,7 +327,7 @@ impl<A: Authenticate> Admitted<'_, A> {
         &self,
         encoded: Encoded<'_>,
         asked: Duration,
-        authority: &Arc<Authority>,
+        authority: &Authority,
         csr_hash: &[u8; 32],
         now: Timestamp,
     ) -> Result<Answer, Refusal> {
@@ -365,7 +363,7 @@ impl<A: Authenticate> Admitted<'_, A> {
                 issuer: authority.issuer_key_id(),
             },
         );
-        Ok(Answer::new(issued, renew_at))
+        Ok(Answer::new(issued, authority, renew_at))
     }
 
     fn grant(&self, authority: &Authority, answer: Answer) -> Granted {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -10,7 +10,7 @@ use aws_lc_rs::digest::{Context, SHA256};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::ca::{Authority, Issued, Serial, Validity};
+use crate::ca::{Authority, Issued, KeyId, Serial, Validity};
 
 /// How long a request counts as a repetition: an agent whose answer was lost on the way tries again within seconds.
 const MEMORY: Duration = Duration::from_secs(60);
@@ -38,26 +38,43 @@ pub(super) struct Answer {
     pub(super) validity: Validity,
     pub(super) renew_at: Timestamp,
     leaf: Arc<[u8]>,
-    /// The rest of the chain, the same for all leaves of one issuer.
-    issuers: Arc<[Vec<u8>]>,
+    issuers: Arc<Issuers>,
+}
+
+/// What all leaves of one authority have in common.
+#[derive(PartialEq, Eq)]
+struct Issuers {
+    id: KeyId,
+    generation: u64,
+    /// The chain without the leaf.
+    chain: Vec<Vec<u8>>,
 }
 
 impl Answer {
-    pub(super) fn new(issued: Issued, renew_at: Timestamp) -> Self {
+    pub(super) fn new(issued: Issued, authority: &Authority, renew_at: Timestamp) -> Self {
         let mut chain = issued.chain.into_iter();
         Self {
             serial: issued.serial,
             validity: issued.validity,
             renew_at,
             leaf: chain.next().unwrap_or_default().into(),
-            issuers: chain.collect(),
+            issuers: Arc::new(Issuers {
+                id: authority.issuer_key_id().clone(),
+                generation: authority.generation(),
+                chain: chain.collect(),
+            }),
         }
     }
 
     pub(super) fn into_chain(self) -> Vec<Vec<u8>> {
-        std::iter::once(self.leaf.to_vec())
-            .chain(self.issuers.iter().cloned())
-            .collect()
+        let issuers = self.issuers.chain.iter().cloned();
+        std::iter::once(self.leaf.to_vec()).chain(issuers).collect()
+    }
+
+    /// A chain is repeated only while the same key would sign it and the same roots would be sent along.
+    fn is_of(&self, authority: &Authority) -> bool {
+        self.issuers.id == *authority.issuer_key_id()
+            && self.issuers.generation == authority.generation()
     }
 }
 
@@ -73,18 +90,10 @@ pub(super) struct Answers {
 
 #[derive(Default)]
 struct Kept {
-    answers: HashMap<Question, Entry>,
+    answers: HashMap<Question, (Instant, Answer)>,
     by_age: VecDeque<(Instant, Question)>,
-    /// One allocation for all answers of an issuer.
-    issuers: Option<Arc<[Vec<u8>]>>,
-}
-
-struct Entry {
-    then: Instant,
-    /// A chain is repeated only while the authority that made it is the current one. Weak, so that a memory of a
-    /// minute does not keep an authority's keys.
-    authority: Weak<Authority>,
-    answer: Answer,
+    /// One allocation for all answers of an authority.
+    issuers: Option<Arc<Issuers>>,
 }
 
 impl Answers {
@@ -98,50 +107,34 @@ impl Answers {
 
     /// While this is held, nobody else answers this question.
     pub(super) fn hold(&self, question: &Question) -> Option<MutexGuard<'_, ()>> {
-        let stripe = self
-            .stripes
-            .get(usize::from(question.0[0]) % self.stripes.len())?;
+        let first = usize::from(*question.0.first()?);
+        let stripe = self.stripes.get(first % self.stripes.len())?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn find(
         &self,
         question: &Question,
-        authority: &Arc<Authority>,
+        authority: &Authority,
         now: Instant,
     ) -> Option<Answer> {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = kept.answers.get(question)?;
-        let same = Weak::ptr_eq(&entry.authority, &Arc::downgrade(authority));
-        let fresh = now.saturating_duration_since(entry.then) < MEMORY;
-        (same && fresh).then(|| entry.answer.clone())
+        let (then, answer) = kept.answers.get(question)?;
+        let fresh = now.saturating_duration_since(*then) < MEMORY;
+        (fresh && answer.is_of(authority)).then(|| answer.clone())
     }
 
-    pub(super) fn keep(
-        &self,
-        question: Question,
-        authority: &Arc<Authority>,
-        answer: &Answer,
-        now: Instant,
-    ) {
+    pub(super) fn keep(&self, question: Question, answer: &Answer, now: Instant) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = &mut *kept;
         kept.forget(now, self.most);
         let mut answer = answer.clone();
         match &kept.issuers {
             Some(issuers) if *issuers == answer.issuers => answer.issuers = Arc::clone(issuers),
-            _ => kept.issuers = Some(Arc::clone(&answer.issuers)),
+            Some(_) | None => kept.issuers = Some(Arc::clone(&answer.issuers)),
         }
-        let authority = Arc::downgrade(authority);
         kept.by_age.push_back((now, question.clone()));
-        kept.answers.insert(
-            question,
-            Entry {
-                then: now,
-                authority,
-                answer,
-            },
-        );
+        kept.answers.insert(question, (now, answer));
     }
 }
 
@@ -155,11 +148,11 @@ impl Kept {
             let Some((then, question)) = self.by_age.pop_front() else {
                 return;
             };
-            // answered anew since, by another authority: the younger entry stays
+            // answered anew since, by another authority: the younger answer stays
             if self
                 .answers
                 .get(&question)
-                .is_some_and(|entry| entry.then == then)
+                .is_some_and(|(kept, _)| *kept == then)
             {
                 self.answers.remove(&question);
             }

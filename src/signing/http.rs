@@ -15,12 +15,14 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header},
     routing::{get, post},
 };
-use base64::{Engine, engine::general_purpose::STANDARD};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::{Deserialize, Serialize};
 
 use super::{Admitted, Encoded, Granted, Outcome, Refusal, Signing};
-use crate::ca::caller::{Authenticate, CallerError};
+use crate::ca::{
+    caller::{Authenticate, CallerError},
+    pem,
+};
 
 /// How long a body may take. A CSR fits into two packets.
 const BODY_TIMEOUT: Duration = Duration::from_secs(15);
@@ -194,7 +196,7 @@ impl<'a> Certificate<'a> {
             certificate_chain: granted
                 .chain
                 .iter()
-                .map(|der| pem_certificate(der))
+                .map(|der| pem::encode("CERTIFICATE", der))
                 .collect(),
             trust_bundle: &granted.trust_bundle,
             not_before: granted.not_before.to_string(),
@@ -202,17 +204,6 @@ impl<'a> Certificate<'a> {
             renew_at: granted.renew_at.to_string(),
         }
     }
-}
-
-/// RFC 7468 2: lines of 64 characters.
-fn pem_certificate(der: &[u8]) -> String {
-    let text = STANDARD.encode(der);
-    let lines = text
-        .as_bytes()
-        .chunks(64)
-        .map(|line| String::from_utf8_lossy(line) + "\n");
-    let body: String = lines.collect();
-    format!("-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n")
 }
 
 /// RFC 9457.

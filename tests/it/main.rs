@@ -6,4 +6,6 @@ mod dice;
 mod pods;
 mod pods_are_odd;
 mod rooms;
+mod signing;
+mod standalone;
 mod support;
