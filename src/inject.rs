@@ -2,11 +2,15 @@
 //!
 //! pod (raw JSON) + the entry that called + settings -> [`Answer`] { verdict, warnings }
 
+pub mod advice;
 pub mod capture;
+pub mod explain;
 pub mod quantity;
 pub mod reason;
 pub mod select;
 pub mod settings;
+pub mod uninject;
+pub mod workload;
 
 mod again;
 mod annotations;
@@ -67,6 +71,21 @@ pub struct NamespaceFacts {
     pub name: String,
     /// `metadata.labels`.
     pub labels: BTreeMap<String, String>,
+}
+
+impl NamespaceFacts {
+    /// A namespace whose every pod is selected, for when its labels are not known.
+    pub fn enabled(name: &str) -> Self {
+        let labels = [
+            (select::INJECTION, "enabled"),
+            (select::NAMESPACE_NAME, name),
+        ];
+        let labels = labels.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        Self {
+            name: name.to_owned(),
+            labels: labels.into_iter().collect(),
+        }
+    }
 }
 
 /// What the webhook may know about the cluster without asking it: watched beforehand, never read on the way.
@@ -181,6 +200,36 @@ impl Injector {
         Ok(self.decide(&PodView::parse(template)?, call, Some(owner)))
     }
 
+    /// What becomes of a pod that is created in this namespace: the API server's selection, then the decision.
+    /// `owner` is given for a workload's template.
+    ///
+    /// # Errors
+    /// As [`Self::inject`].
+    pub fn rehearse(
+        &self,
+        pod: &[u8],
+        namespace: &NamespaceFacts,
+        oldest_kubelet: Option<u32>,
+        owner: Option<&Owner>,
+    ) -> Result<Answer, PodError> {
+        let pod = PodView::parse(pod)?;
+        let selection = select::select(namespace, &pod.facts(), &self.settings.revision);
+        Ok(match selection.outcome {
+            Err(reason) => Answer {
+                verdict: Verdict::Skip(reason),
+                warnings: Vec::new(),
+            },
+            Ok(entry) => {
+                let call = Call {
+                    entry,
+                    namespace: &namespace.name,
+                    oldest_kubelet,
+                };
+                self.decide(&pod, &call, owner)
+            }
+        })
+    }
+
     fn decide(&self, pod: &PodView<'_>, call: &Call<'_>, owner: Option<&Owner>) -> Answer {
         let mut warnings = Vec::new();
         match self.judge(pod, call, &mut warnings) {
@@ -233,15 +282,12 @@ impl Injector {
         volumes: Vec<&'static str>,
         warnings: &mut Vec<Warning>,
     ) -> Result<Accepted<'p>, Denial> {
-        let annotations = pod
-            .metadata
-            .present()
-            .and_then(|metadata| metadata.annotations.present());
-        let annotations = annotations
-            .into_iter()
-            .flat_map(|annotations| annotations.iter());
-        let texts = annotations.filter_map(|(key, value)| Some((key, value.text()?)));
-        let wishes = annotations::read(texts, &pod.init_names(), &self.settings, warnings)?;
+        let wishes = annotations::read(
+            pod.annotations(),
+            &pod.init_names(),
+            &self.settings,
+            warnings,
+        )?;
         let shares = resources::shares(pod, &wishes, &self.settings)?;
         Ok(Accepted {
             native: is_native(pod, wishes.native, call.oldest_kubelet),

@@ -38,6 +38,8 @@ pub(super) struct Gate {
 
 /// Before the containers of ours are looked for. Rows 1 to 5 hold in the selectors already; they are asked again
 /// because other callers have none.
+///
+/// The first [`BEFORE_SELECTION`] come before the table's rows about labels.
 pub(super) const FIRST: [Gate; 9] = [
     Gate {
         row: 1,
@@ -137,6 +139,9 @@ pub(super) const FIRST: [Gate; 9] = [
         },
     },
 ];
+
+/// Rows 1 to 3.
+pub(super) const BEFORE_SELECTION: usize = 3;
 
 /// After the annotations are read.
 pub(super) const LAST: [Gate; 2] = [

@@ -5,6 +5,7 @@ use std::{borrow::Cow, collections::BTreeSet};
 use super::{
     PodError,
     lax::{Fields, Lax, Raw, Slot, Table, Text, reads},
+    select::{self, PodFacts},
 };
 
 /// Labels or annotations.
@@ -127,6 +128,32 @@ impl<'a> PodView<'a> {
             Slot::Present(pod) => pod,
             Slot::Missing | Slot::Odd => Self::default(),
         })
+    }
+
+    /// What selection looks at.
+    pub(super) fn facts(&self) -> PodFacts<'_> {
+        PodFacts {
+            inject: self.label(select::INJECT),
+            revision: self.label(select::REVISION),
+            control_plane: self.has_label(select::CONTROL_PLANE),
+            host_network: self
+                .spec
+                .present()
+                .is_some_and(|spec| spec.host_network.present() == Some(&true)),
+            mirror: self.has_annotation(select::MIRROR),
+        }
+    }
+
+    /// Every annotation that is text, sorted by key.
+    pub(super) fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        let annotations = self
+            .metadata
+            .present()
+            .and_then(|metadata| metadata.annotations.present());
+        let annotations = annotations
+            .into_iter()
+            .flat_map(|annotations| annotations.iter());
+        annotations.filter_map(|(key, value)| Some((key, value.text()?)))
     }
 
     pub(super) fn label(&self, key: &str) -> Option<&str> {

@@ -236,19 +236,22 @@ fn dials_the_pod(fields: &Fields<'_>) -> bool {
     }
 }
 
-/// `/app-health/<container>/livez` and the like; an odd name cannot make two paths equal.
+/// `/app-health/<container>/livez` and the like.
 fn path(site: &Site, container: &str) -> String {
-    let mut path = format!("/{}/", site.route);
+    format!("/{}/{}/{}", site.route, encoded(container), site.name)
+}
+
+/// A container's name as one element of a path, so that no odd name makes two paths equal.
+pub(super) fn encoded(container: &str) -> String {
+    let mut element = String::with_capacity(container.len());
     for byte in container.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            path.push(char::from(byte));
+            element.push(char::from(byte));
         } else {
-            write!(path, "%{byte:02X}").expect("a string takes everything");
+            write!(element, "%{byte:02X}").expect("a string takes everything");
         }
     }
-    path.push('/');
-    path.push_str(site.name);
-    path
+    element
 }
 
 /// `{"httpGet": <as it was, its port a number>, "named": <its port's name>, "timeoutSeconds": ..}`.

@@ -200,15 +200,58 @@ impl Warning {
     pub const LONGEST: usize = 120;
 
     pub(super) fn new(code: WarningCode, text: fmt::Arguments<'_>) -> Self {
+        Self {
+            code,
+            text: Self::line(code.as_str(), text),
+        }
+    }
+
+    /// The code and the sentence, cut where it is too long.
+    pub(super) fn line(code: &str, text: fmt::Arguments<'_>) -> String {
         let whole = format!("{code}: {text}");
-        let text = match whole.char_indices().nth(Self::LONGEST) {
+        match whole.char_indices().nth(Self::LONGEST) {
             None => whole,
             Some(_) => whole
                 .chars()
                 .take(Self::LONGEST - 3)
                 .chain("...".chars())
                 .collect(),
-        };
-        Self { code, text }
+        }
+    }
+}
+
+impl Reason {
+    /// What to do to have such a pod injected, in one line; nothing where it is.
+    pub fn fix(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Injected | Self::Reinvoked | Self::AlreadyInjected => return None,
+            Self::ProtectedNamespace => {
+                "use another namespace: the mesh never touches the cluster's own"
+            }
+            Self::HostNetwork => "remove hostNetwork: a sidecar cannot have the node's traffic",
+            Self::MirrorPod => "create the pod through the API: static pods have no sidecar",
+            Self::NamespaceDisabled => "label the namespace istio-injection=enabled",
+            Self::OptedOutByLabel => "remove the label sidecar.istio.io/inject=false",
+            Self::OptedOutByAnnotation => "remove the annotation sidecar.istio.io/inject: false",
+            Self::OtherRevision => "set label istio.io/rev to this control plane's, or remove it",
+            Self::NotSelected => {
+                "label the namespace istio-injection=enabled or the pod sidecar.istio.io/inject=true"
+            }
+            Self::WindowsPod => "run it on Linux: Windows pods have no sidecar",
+            Self::ForeignSidecar => "remove the other mesh's sidecar, istio-proxy or linkerd-proxy",
+            Self::InvalidPod => "correct the pod: its containers cannot be read",
+            Self::NotAPodCreate => "create a pod: a sidecar cannot be added to one that exists",
+            Self::InvalidInjectValue => "set sidecar.istio.io/inject to true or false",
+            Self::InvalidAnnotation => "correct the annotation's value",
+            Self::UnsupportedAnnotation => "remove the annotation",
+            Self::NameConflict => "rename the container or volume that has the injector's name",
+            Self::AppUsesProxyGid => "set runAsGroup to another group than 1337",
+            Self::PortConflict => {
+                "move the container's port away from 15001, 15006, 15020, 15021 and 15090"
+            }
+            Self::BadRequest => "send an AdmissionReview of version v1",
+            Self::Overloaded => "try again",
+            Self::Internal => "report it: this is a fault of the injector's",
+        })
     }
 }

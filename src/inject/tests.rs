@@ -71,3 +71,10 @@ fn a_plain_pod_gets_both_containers_and_the_volumes_in_native_order() {
         Reason::AlreadyInjected
     );
 }
+
+#[test]
+fn an_injection_can_be_taken_back() {
+    let mut injected = patched(&Injector::default(), &pod());
+    assert!(uninject::uninject(&mut injected).expect("readable records"));
+    assert_eq!(injected, pod());
+}
