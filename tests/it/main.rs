@@ -5,6 +5,7 @@ mod dice;
 #[path = "../support/pods.rs"]
 mod pods;
 mod pods_are_odd;
+mod manifests;
 mod rooms;
 mod signing;
 mod standalone;
