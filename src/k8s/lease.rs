@@ -150,6 +150,7 @@ pub fn hold(
         tell,
         until,
         observed: None,
+        failing: false,
     };
     (claim, holder.run(stop))
 }
@@ -162,6 +163,7 @@ struct Holder {
     tell: watch::Sender<bool>,
     until: Arc<Mutex<Option<Instant>>>,
     observed: Option<Observed>,
+    failing: bool,
 }
 
 /// The Lease as last seen to change, and when that was by our own monotonic clock.
@@ -203,11 +205,15 @@ impl Holder {
     async fn run(mut self, stop: CancellationToken) {
         while !stop.is_cancelled() {
             let began = Instant::now();
-            match self.try_once(began).await {
+            let looked = self.try_once(began).await;
+            if looked.is_ok() {
+                self.failing = false;
+            }
+            match looked {
                 Ok(true) => self.won(began),
                 Ok(false) => self.lost("another replica holds it"),
                 Err(error) => {
-                    debug!(lease = %self.candidate.name, %error, "the lease could not be read or written");
+                    self.complain(&error);
                     self.expire(began, &error);
                 }
             }
@@ -315,6 +321,16 @@ impl Holder {
     fn tell(&self, leads: bool) -> bool {
         self.tell
             .send_if_modified(|told| std::mem::replace(told, leads) != leads)
+    }
+
+    /// One line for a row of failures: without the right to the Lease nobody ever leads, and that must be seen.
+    fn complain(&mut self, error: &ApiError) {
+        let lease = &self.candidate.name;
+        if std::mem::replace(&mut self.failing, true) {
+            debug!(lease, %error, "the Lease still cannot be read or written");
+        } else {
+            warn!(lease, %error, "the Lease cannot be read or written, trying again");
+        }
     }
 
     /// A failed renewal does not end the claim before its time.

@@ -22,10 +22,8 @@ use futures::{StreamExt, pin_mut};
 use http_body_util::BodyExt;
 use hyper::{Request, header::DATE};
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1 as core;
 use kube::{
     Api, Client, Resource,
-    api::PartialObjectMeta,
     client::Body,
     runtime::watcher::{self, Event, watcher},
 };
@@ -39,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 pub use facts::{Namespace, Owner, Pod};
-use facts::{NodeView, PodView, kubelet_minor};
+use facts::{NamespaceView, NodeView, PodView, ServiceAccountView, kubelet_minor};
 use kept::{Kept, Names};
 
 use super::{ApiError, Pauses, WATCH_SECONDS, ask, brief, dice};
@@ -187,15 +185,14 @@ impl World {
     }
 
     async fn follow_namespaces(&self, client: Client) {
-        let facts = |view: PartialObjectMeta<core::Namespace>| Some(Namespace::of(view.metadata));
+        let facts = |view: NamespaceView| Some(Namespace::of(view.into_metadata()));
         let changed = || self.tell_change();
         self.follow_kind(Api::all(client), &self.namespaces, facts, changed)
             .await;
     }
 
     async fn follow_service_accounts(&self, client: Client) {
-        let facts =
-            |view: PartialObjectMeta<core::ServiceAccount>| view.metadata.uid.map(Arc::<str>::from);
+        let facts = |view: ServiceAccountView| view.into_metadata().uid.map(Arc::<str>::from);
         self.follow_kind(Api::all(client), &self.service_accounts, facts, || ())
             .await;
     }
@@ -385,8 +382,6 @@ fn skew(date: &str, asked: Timestamp, answered: Timestamp) -> Option<SignedDurat
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-
     use super::*;
 
     fn at(text: &str) -> Timestamp {
@@ -418,42 +413,35 @@ mod tests {
         );
     }
 
-    fn namespace(name: &str, uid: &str) -> PartialObjectMeta<core::Namespace> {
-        PartialObjectMeta {
-            types: None,
-            metadata: ObjectMeta {
-                name: Some(name.to_owned()),
-                uid: Some(uid.to_owned()),
-                ..ObjectMeta::default()
-            },
-            _phantom: std::marker::PhantomData,
-        }
+    fn account(name: &str, uid: &str) -> ServiceAccountView {
+        let json = serde_json::json!({"metadata": {"name": name, "uid": uid}});
+        serde_json::from_value(json).expect("readable")
     }
 
     #[test]
     fn a_new_list_replaces_what_was_kept_only_when_it_is_whole() {
         let kept: Kept<String> = Kept::new();
         let mut listing = kept.begin();
-        let mut facts = |view: PartialObjectMeta<core::Namespace>| view.metadata.uid;
+        let mut facts = |view: ServiceAccountView| view.into_metadata().uid;
         let mut tell = |event| take(event, &kept, &mut listing, &mut facts);
 
         assert!(!tell(Event::Init));
-        assert!(!tell(Event::InitApply(namespace("a", "1"))));
+        assert!(!tell(Event::InitApply(account("a", "1"))));
         assert!(!kept.synced() && kept.get("", "a").is_none());
         assert!(tell(Event::InitDone));
         assert!(kept.synced() && kept.get("", "a").is_some());
 
-        assert!(tell(Event::Apply(namespace("b", "2"))));
+        assert!(tell(Event::Apply(account("b", "2"))));
         assert!(
-            !tell(Event::Apply(namespace("b", "2"))),
+            !tell(Event::Apply(account("b", "2"))),
             "the same facts are no change"
         );
-        assert!(tell(Event::Delete(namespace("a", "1"))));
-        assert!(!tell(Event::Delete(namespace("a", "1"))));
+        assert!(tell(Event::Delete(account("a", "1"))));
+        assert!(!tell(Event::Delete(account("a", "1"))));
 
         // the watch broke: a second list begins, readers go on seeing the first
         tell(Event::Init);
-        tell(Event::InitApply(namespace("c", "3")));
+        tell(Event::InitApply(account("c", "3")));
         assert_eq!(kept.get("", "b").as_deref(), Some("2"));
         tell(Event::InitDone);
         assert_eq!(kept.get("", "b"), None);

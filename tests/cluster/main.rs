@@ -1,6 +1,9 @@
 //! Tests against a real API server, in a binary of their own: `rig` starts it, the other modules each hold a subject.
 #![cfg(feature = "controller")]
 
+mod lease;
 mod manifests;
 mod rig;
 mod rig_holds;
+mod tokens;
+mod world;

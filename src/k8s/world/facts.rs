@@ -6,10 +6,10 @@ use std::{borrow::Cow, collections::BTreeMap, fmt::Debug, marker::PhantomData, s
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1 as core,
-    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time},
 };
 use kube::Resource;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::kept::Names;
 use crate::inject::select::MIRROR;
@@ -72,7 +72,7 @@ pub struct Owner {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(bound = "S: Deserialize<'de>, T: Deserialize<'de>")]
 pub(super) struct View<K, S, T> {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "metadata")]
     metadata: ObjectMeta,
     spec: Option<S>,
     status: Option<T>,
@@ -82,6 +82,26 @@ pub(super) struct View<K, S, T> {
 
 pub(super) type PodView = View<core::Pod, PodSpec, PodStatus>;
 pub(super) type NodeView = View<core::Node, NodeSpec, NodeStatus>;
+pub(super) type NamespaceView = View<core::Namespace, NoSpec, NoStatus>;
+pub(super) type ServiceAccountView = View<core::ServiceAccount, NoSpec, NoStatus>;
+
+/// What of an object is read beside its metadata.
+pub(super) trait Spec {
+    /// Nothing: the API server is asked for the metadata alone.
+    const METADATA_ONLY: bool = false;
+}
+
+impl Spec for PodSpec {}
+impl Spec for NodeSpec {}
+impl Spec for NoSpec {
+    const METADATA_ONLY: bool = true;
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct NoSpec {}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct NoStatus {}
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -119,12 +139,61 @@ struct NodeInfo {
     kubelet_version: Option<String>,
 }
 
+/// `metadata` without what nobody here needs, `managedFields` above all: it is often the larger half of an object.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+    labels: Option<BTreeMap<String, String>>,
+    annotations: Option<BTreeMap<String, String>>,
+    owner_references: Option<Vec<OwnerReference>>,
+    creation_timestamp: Option<String>,
+    deletion_timestamp: Option<String>,
+}
+
+fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    let read = Metadata::deserialize(deserializer)?;
+    Ok(ObjectMeta {
+        name: read.name,
+        namespace: read.namespace,
+        uid: read.uid,
+        resource_version: read.resource_version,
+        labels: read.labels,
+        annotations: read.annotations,
+        owner_references: read.owner_references,
+        creation_timestamp: read.creation_timestamp.as_deref().map(time),
+        deletion_timestamp: read.deletion_timestamp.as_deref().map(time),
+        ..ObjectMeta::default()
+    })
+}
+
+/// A pod's author chooses its grace period and with it the deletion time, up to the end of the year 9999, a day later than
+/// what a [`Timestamp`] holds. One such pod must not make the list of all pods unreadable.
+fn time(text: &str) -> Time {
+    Time(text.parse().unwrap_or(Timestamp::MAX))
+}
+
+impl<K, S, T> View<K, S, T> {
+    /// The metadata, as far as it was read.
+    pub(super) fn into_metadata(self) -> ObjectMeta {
+        self.metadata
+    }
+}
+
 impl<K, S, T> Resource for View<K, S, T>
 where
     K: Resource<DynamicType = ()>,
+    S: Spec,
 {
     type DynamicType = ();
     type Scope = K::Scope;
+
+    fn metadata_api() -> bool {
+        S::METADATA_ONLY
+    }
 
     fn kind(dt: &()) -> Cow<'_, str> {
         K::kind(dt)
@@ -286,10 +355,20 @@ mod tests {
             json!({"metadata": {}, "spec": null, "status": null}),
             json!({"metadata": {"name": "p"}, "spec": {"containers": null, "initContainers": null}}),
             json!({"metadata": {"name": "p"}, "spec": {"containers": [{}]}, "status": {"phase": null}}),
+            json!({"metadata": {"name": "p", "labels": null, "ownerReferences": null, "creationTimestamp": null}}),
         ] {
             let pod = pod(json);
             assert_eq!(pod.proxy_image, None);
             assert_eq!(pod.owner, None);
+        }
+    }
+
+    /// k8s-openapi's own `Time` refuses the last day of the year 9999, and with it the whole list.
+    #[test]
+    fn a_deletion_at_the_end_of_time_is_a_deletion() {
+        for end in ["9999-12-31T23:59:59Z", "10000-01-01T00:00:00Z", "soon"] {
+            let pod = pod(json!({"metadata": {"name": "p", "deletionTimestamp": end}}));
+            assert_eq!(pod.deletion, Some(Timestamp::MAX), "{end}");
         }
     }
 
