@@ -20,7 +20,7 @@ use aws_lc_rs::{digest, rand};
 use jiff::{SignedDuration, Timestamp};
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 use self::{
@@ -39,7 +39,7 @@ pub use self::{
 use crate::{
     ca::{
         Authority, LeafPolicy, Serial,
-        caller::{Authenticate, Caller, CallerError, Class},
+        caller::{Authenticate, Caller, CallerError, Class, Denial},
         csr::{Csr, KeyPolicy},
         profile::Profile,
     },
@@ -203,7 +203,7 @@ impl<A: Authenticate> Signing<A> {
             _counted: self.metrics.enter(),
         };
         let token = token.map_err(|e| refuse(Refusal::Caller(e)))?;
-        let caller = match self.authenticate.authenticate(token, now).await {
+        let caller = match self.identify(token, now).await {
             Ok(caller) => {
                 self.metrics.token(caller.method, "ok");
                 caller
@@ -228,6 +228,17 @@ impl<A: Authenticate> Signing<A> {
         match self.rates.take(&admitted.caller, since) {
             Ok(()) => Ok(admitted),
             Err(limited) => Err(admitted.refuse(limited)),
+        }
+    }
+
+    /// Whoever is asked about a token may hang; a place in the queue is not for ever.
+    async fn identify(&self, token: &str, now: Timestamp) -> Result<Caller, Denial> {
+        let identified = self.authenticate.authenticate(token, now);
+        match timeout(self.limits.patience, identified).await {
+            Ok(identified) => identified,
+            Err(_) => Err(Denial::by_review(CallerError::VerifierUnavailable(
+                "the API server did not answer in time".to_owned(),
+            ))),
         }
     }
 

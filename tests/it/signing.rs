@@ -27,17 +27,21 @@ use malha::{
             Authenticate, Caller, CallerError, Denial, KeySet, Liveness, PodFact, TokenPolicy,
             bind, verify,
         },
+        profile::Profile,
         rotation::RotationPolicy,
     },
     clock::Clock,
-    custody::Custody,
-    identity::TrustDomain,
+    custody::{Custody, keep_serving},
+    identity::{SpiffeId, TrustDomain},
     signing::{Audit, Fault, Gate, Limits, Metrics, Rate, Signing, router, verify_chain},
     standalone::{Directory, FileHome, LocalTokens, TokenMaker},
+    tls::{Alpn, Bound, ServingCertificate},
 };
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use x509_parser::{
     extensions::{GeneralName, ParsedExtension},
@@ -68,7 +72,15 @@ struct Cluster {
     pod: Option<PodFact>,
     account: Option<String>,
     terminating: bool,
-    review_fails: bool,
+    review: Review,
+}
+
+/// What asking the API server comes to.
+#[derive(Clone, Copy, PartialEq)]
+enum Review {
+    NotAsked,
+    Fails,
+    Hangs,
 }
 
 impl Liveness for Cluster {
@@ -101,7 +113,10 @@ impl Authenticate for Offline {
     async fn authenticate(&self, token: &str, now: Timestamp) -> Result<Caller, Denial> {
         let claims = verify(token, &self.keys, &self.policy, now)?;
         let cluster = self.cluster.lock().unwrap().clone();
-        if cluster.review_fails {
+        if cluster.review == Review::Hangs {
+            std::future::pending::<()>().await;
+        }
+        if cluster.review == Review::Fails {
             return Err(Denial::by_review(CallerError::VerifierUnavailable(
                 "no answer".into(),
             )));
@@ -151,10 +166,12 @@ impl Scene {
     }
 
     async fn with(limits: Limits) -> Self {
+        Self::at("2026-11-22T10:00:00Z".parse().unwrap(), limits).await
+    }
+
+    async fn at(now: Timestamp, limits: Limits) -> Self {
         let place = tempfile::tempdir().unwrap();
-        let now = Arc::new(Mutex::new(
-            "2026-11-22T10:00:00Z".parse::<Timestamp>().unwrap(),
-        ));
+        let now = Arc::new(Mutex::new(now));
         let told = Arc::clone(&now);
         let clock = Clock::new(move || *told.lock().unwrap());
         let home = FileHome::new(Directory::open(place.path()).unwrap());
@@ -181,7 +198,7 @@ impl Scene {
             }),
             account: Some("sa-1".into()),
             terminating: false,
-            review_fails: false,
+            review: Review::NotAsked,
         }));
         let offline = Offline {
             keys: issuer.keys(),
@@ -1048,7 +1065,7 @@ async fn each_wrong_token_has_its_code() {
         ),
         (
             "review fails",
-            |s, _, _| s.cluster.lock().unwrap().review_fails = true,
+            |s, _, _| s.cluster.lock().unwrap().review = Review::Fails,
             "503 VerifierUnavailable",
         ),
     ];
@@ -1074,9 +1091,9 @@ async fn each_wrong_token_has_its_code() {
             "{case}"
         );
         let metrics = scene.metrics();
-        let (result, method) = match case {
-            &"review fails" => ("error", "tokenreview"),
-            &"lists not there" => ("error", "jwks"),
+        let (result, method) = match *case {
+            "review fails" => ("error", "tokenreview"),
+            "lists not there" => ("error", "jwks"),
             _ => ("denied", "jwks"),
         };
         let counted =
@@ -1350,6 +1367,19 @@ async fn a_full_queue_sheds_and_an_abandoned_place_is_free_at_once() {
 }
 
 #[tokio::test]
+async fn an_api_server_that_hangs_is_unavailable_and_not_the_callers_fault() {
+    let scene = Scene::with(Limits {
+        patience: Duration::from_millis(100),
+        ..no_rates()
+    })
+    .await;
+    scene.cluster.lock().unwrap().review = Review::Hangs;
+    let answer = scene.ask(&csr(p256(), &[])).await;
+    assert_eq!(answer.verdict(), "503 VerifierUnavailable");
+    assert!(scene.metrics().contains("malha_ca_queue_entries 0"));
+}
+
+#[tokio::test]
 async fn a_closed_gate_is_unavailable_and_opens_again() {
     let scene = Scene::new().await;
     let good = csr(p256(), &[]);
@@ -1537,4 +1567,150 @@ fn captured() -> (Arc<Mutex<Vec<u8>>>, tracing::subscriber::DefaultGuard) {
         .with_ansi(false)
         .finish();
     (log, tracing::subscriber::set_default(subscriber))
+}
+
+/// As users do it: the certificate authority's own certificate, curl over HTTP/2 and HTTP/1.1, nothing below TLS 1.3.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn curl_gets_a_certificate_over_tls_13_and_older_versions_nothing() {
+    // curl has no other clock
+    let now = malha::runtime::clock::system().now();
+    let scene = Scene::at(now, no_rates()).await;
+    let stop = CancellationToken::new();
+    let (keyed, certificates) = watch::channel(None);
+    let serving = ServingCertificate::new();
+    let control_plane = Profile::ControlPlane {
+        id: SpiffeId::new(&mesh(), "malha-system", "malha").unwrap(),
+        dns_names: vec!["malha.malha-system.svc".into()],
+    };
+    let clock = Clock::new(move || now);
+    let custody = Arc::clone(&scene.custody);
+    tokio::spawn(keep_serving(
+        custody,
+        control_plane,
+        clock,
+        keyed,
+        stop.clone(),
+    ));
+    tokio::spawn(Arc::clone(&serving).follow(certificates, stop.clone()));
+    let loopback = "127.0.0.1:0".parse().unwrap();
+    let listener = Bound::new(
+        loopback,
+        serving,
+        Alpn::Http2,
+        malha::tls::Limits::default(),
+    )
+    .await
+    .unwrap();
+    let addr = listener.local_addr();
+    tokio::spawn(listener.serve(scene.router.clone(), stop.clone()));
+
+    let path = |name: &str| scene.place.path().join(name).display().to_string();
+    fs::write(
+        path("roots.pem"),
+        scene.custody.authority().bundle().to_pem(),
+    )
+    .unwrap();
+    fs::write(path("web.csr"), csr(p256(), &[])).unwrap();
+    let connect_to = format!("malha.malha-system.svc:443:{addr}");
+    let roots = path("roots.pem");
+    let token = format!("Authorization: Bearer {}", scene.token());
+    let body = format!("@{}", path("web.csr"));
+    let common = [
+        "-sS",
+        "--max-time",
+        "20",
+        "--cacert",
+        &roots,
+        "--connect-to",
+        &connect_to,
+    ];
+    let curl = |args: &[&str]| {
+        let url = "https://malha.malha-system.svc/v1";
+        let args: Vec<String> = args.iter().map(|arg| arg.replace("URL", url)).collect();
+        tokio::process::Command::new("curl")
+            .args(common)
+            .args(args)
+            .output()
+    };
+    for (version, want) in [("--http2", "201 2"), ("--http1.1", "201 1.1")] {
+        let kind = "Content-Type: application/pkcs10";
+        let report = "\n%{http_code} %{http_version}";
+        let args = [
+            version,
+            "-H",
+            &token,
+            "-H",
+            kind,
+            "--data-binary",
+            &body,
+            "-w",
+            report,
+        ];
+        let out = curl(&[&args[..], &["URL/certificates"]].concat())
+            .await
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        let fault = String::from_utf8_lossy(&out.stderr);
+        let (answer, status) = said.rsplit_once('\n').unwrap_or_else(|| panic!("{fault}"));
+        assert_eq!(status, want, "{said} {fault}");
+        let granted: Value = serde_json::from_str(answer).unwrap();
+        is_the_leaf_of_web(&granted, SIGNS);
+        scene.openssl_verify(&granted);
+    }
+    // whoever is still busy with its body hears the refusal all the same
+    for bytes in [100, 60_000, 3 << 20] {
+        fs::write(path("body"), "A".repeat(bytes)).unwrap();
+        let body = format!("@{}", path("body"));
+        let known = if bytes > 1 << 16 { "413" } else { "400" };
+        for version in ["--http2", "--http1.1"] {
+            for (credential, want) in [(token.as_str(), known), ("X-None: 1", "401")] {
+                let kind = "Content-Type: application/json";
+                let args = [
+                    version,
+                    "-H",
+                    credential,
+                    "-H",
+                    kind,
+                    "--data-binary",
+                    &body,
+                ];
+                let more = ["-o", "/dev/null", "-w", "%{http_code}", "URL/certificates"];
+                for _ in 0..5 {
+                    let out = curl(&[&args[..], &more].concat()).await.unwrap();
+                    let fault = String::from_utf8_lossy(&out.stderr);
+                    let said = String::from_utf8_lossy(&out.stdout);
+                    assert_eq!(said, want, "{bytes} bytes, {version}: {fault}");
+                }
+            }
+        }
+    }
+    let out = curl(&[
+        "--data-binary",
+        &body,
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_code}",
+        "URL/nothing",
+    ]);
+    assert_eq!(String::from_utf8_lossy(&out.await.unwrap().stdout), "404");
+    let out = curl(&["--tls-max", "1.2", "URL/bundle"]).await.unwrap();
+    assert_eq!(out.status.code(), Some(35), "a handshake that fails");
+    let out = tokio::process::Command::new("openssl")
+        .args(["s_client", "-connect", &addr.to_string(), "-CAfile", &roots])
+        .args([
+            "-verify_return_error",
+            "-verify_hostname",
+            "malha.malha-system.svc",
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        said.contains("TLSv1.3") && said.contains("Verify return code: 0 (ok)"),
+        "{said}"
+    );
+    stop.cancel();
 }
