@@ -11,7 +11,13 @@ use std::{
 
 use jiff::{Span, SpanRelativeTo};
 
-use crate::{ca::LeafPolicy, identity::TrustDomain};
+use crate::{
+    ca::{
+        LeafPolicy,
+        rotation::{PolicyError, RotationPolicy},
+    },
+    identity::TrustDomain,
+};
 
 /// What `malha serve` runs with.
 #[derive(Clone, Debug)]
@@ -36,12 +42,8 @@ pub struct Settings {
     pub validation: Validation,
     /// Whether a token must be bound to a living pod.
     pub require_bound_pod: bool,
-    /// Bounds on a leaf's life.
-    pub leaf: LeafPolicy,
-    /// Life of an intermediate; it rotates at half of it.
-    pub intermediate_life: Duration,
-    /// Life of a root.
-    pub root_life: Duration,
+    /// How long certificates live.
+    pub rotation: RotationPolicy,
     /// How long new connections are still taken after the first signal to stop.
     pub drain: Duration,
     /// Log filter, as `RUST_LOG` spells it.
@@ -158,7 +160,7 @@ pub const KEYS: &[Key] = &[
         "30d",
         "Life of the signing intermediate; rotated at half of it",
     ),
-    key("root-life", "TIME", "1826d", "Life of the root certificate"),
+    key("root-life", "TIME", "1825d", "Life of the root certificate"),
     key(
         "drain",
         "TIME",
@@ -227,6 +229,8 @@ pub struct Layers {
     pub environment: BTreeMap<String, String>,
     /// By the key's name.
     pub file: BTreeMap<String, String>,
+    /// By the key's name: what takes the place of the table's default.
+    pub defaults: BTreeMap<String, String>,
 }
 
 impl Layers {
@@ -258,12 +262,20 @@ impl Layers {
         self
     }
 
+    /// Puts other defaults into the place of the table's.
+    pub fn with_defaults(mut self, defaults: &[(&str, &str)]) -> Self {
+        let owned = |&(name, text): &(&str, &str)| (name.to_owned(), text.to_owned());
+        self.defaults.extend(defaults.iter().map(owned));
+        self
+    }
+
     /// The text in force for a key, and who said it.
     pub fn text(&self, key: &Key) -> (&str, Source) {
         let layers = [
             (&self.flags, Source::Flag),
             (&self.environment, Source::Environment),
             (&self.file, Source::File),
+            (&self.defaults, Source::Default),
         ];
         layers
             .into_iter()
@@ -342,43 +354,20 @@ impl Settings {
             audiences: layers.parsed_with("audiences", "names separated by commas", parse_list)?,
             validation: layers.parsed("validation", "auto, jwks or tokenreview")?,
             require_bound_pod: layers.parsed("require-bound-pod", "true or false")?,
-            leaf: LeafPolicy {
-                default: duration("leaf-life")?,
-                min: duration("leaf-life-min")?,
-                max: duration("leaf-life-max")?,
+            rotation: RotationPolicy {
+                root_life: duration("root-life")?,
+                intermediate_life: duration("intermediate-life")?,
+                leaf: LeafPolicy {
+                    default: duration("leaf-life")?,
+                    min: duration("leaf-life-min")?,
+                    max: duration("leaf-life-max")?,
+                },
             },
-            intermediate_life: duration("intermediate-life")?,
-            root_life: duration("root-life")?,
             drain: duration("drain")?,
             log: layers.parsed("log", "a tracing filter")?,
         };
-        settings.check_lives()?;
+        settings.rotation.check()?;
         Ok(settings)
-    }
-
-    /// A leaf must always fit into what is left of an intermediate at its rotation, and an intermediate into what is
-    /// left of a root at its own: an issuer is replaced at half of its life.
-    fn check_lives(&self) -> Result<(), ConfigError> {
-        const HOUR: Duration = Duration::from_secs(3600);
-        let LeafPolicy { default, min, max } = self.leaf;
-        if !(min <= default && default <= max) {
-            return Err(ConfigError::Lives {
-                fault: "leaf-life must lie between leaf-life-min and leaf-life-max".to_owned(),
-            });
-        }
-        if max + HOUR > self.intermediate_life / 2 {
-            let fault = format!(
-                "leaf-life-max ({} h) must end an hour before half of intermediate-life ({} h)",
-                max.as_secs() / 3600,
-                self.intermediate_life.as_secs() / 3600,
-            );
-            return Err(ConfigError::Lives { fault });
-        }
-        if self.intermediate_life > self.root_life / 2 {
-            let fault = "intermediate-life must be at most half of root-life".to_owned();
-            return Err(ConfigError::Lives { fault });
-        }
-        Ok(())
     }
 }
 
@@ -499,11 +488,8 @@ pub enum ConfigError {
         allowed: &'static str,
     },
     /// Lives that do not fit into one another.
-    #[error("{fault}: what a certificate signs must never outlive it")]
-    Lives {
-        /// Which two keys, and how.
-        fault: String,
-    },
+    #[error("the lifetimes do not fit together: {0}")]
+    Lives(#[from] PolicyError),
 }
 
 #[cfg(test)]
@@ -525,7 +511,10 @@ mod tests {
     fn the_defaults_are_valid() {
         let settings = Settings::parse(&Layers::default()).unwrap();
         assert_eq!(settings.trust_domain.as_str(), "cluster.local");
-        assert_eq!(settings.leaf.default, Duration::from_secs(24 * 3600));
+        assert_eq!(
+            settings.rotation.leaf.default,
+            Duration::from_secs(24 * 3600)
+        );
         assert_eq!(settings.injector_config, None);
     }
 
@@ -559,9 +548,13 @@ mod tests {
             ("leaf-life", "soon", "a time such as"),
             ("namespace", "a/b", "DNS label"),
             ("audiences", " , ", "is empty"),
-            ("leaf-life", "8d", "between leaf-life-min and leaf-life-max"),
-            ("intermediate-life", "10d", "half of intermediate-life"),
-            ("root-life", "59d", "half of root-life"),
+            ("leaf-life", "8d", "the lifetimes do not fit together"),
+            (
+                "intermediate-life",
+                "10d",
+                "the lifetimes do not fit together",
+            ),
+            ("root-life", "59d", "the lifetimes do not fit together"),
         ] {
             let error = Settings::parse(&layers(&[(key, value)]))
                 .unwrap_err()

@@ -1,0 +1,276 @@
+//! A control plane whose state lives in the cluster: one of several replicas.
+
+use std::{sync::Arc, time::Duration};
+
+use prometheus_client::registry::Registry;
+use tokio::{sync::watch, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::plane::{Home, Plane};
+use crate::{
+    ca::{Authority, KeyedChain, journal::JournalHome},
+    cli::{Exit, Failure, exit::OrExit as _},
+    clock::Clock,
+    config::{self, Settings},
+    custody::{Custody, CustodyError},
+    k8s::{
+        self, Access,
+        ca_bundle::{self, Keeper, Live, Targets},
+        events,
+        journal::{SecretHome, Traces},
+        lease::{self, Candidate},
+        pods,
+        tokens::{ClusterTokens, Options, Validation},
+        world::{self, World},
+    },
+    runtime::readiness::Gate,
+};
+
+/// What the cluster's rooms count.
+#[derive(Default)]
+struct Metrics {
+    world: world::Metrics,
+    lease: lease::Metrics,
+    ca_bundle: ca_bundle::Metrics,
+    pods: pods::Metrics,
+}
+
+/// How often it is asked again whether the API server trusts the webhook, should no change be heard of.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+pub(super) async fn serve(
+    access: &Access,
+    settings: Settings,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
+    let client = k8s::connect(access).await.or_exit(Exit::BadInput)?;
+    let metrics = Metrics::default();
+    let mut plane = Plane::begin(settings, stop.clone(), |registry| {
+        metrics.register(registry)
+    })
+    .await?;
+    let namespace = plane.settings.namespace.clone();
+    let clock = plane.clock.clone();
+    let replica = replica_name();
+
+    let world = World::new();
+    let following =
+        world
+            .clone()
+            .follow(client.clone(), clock.clone(), metrics.world, stop.clone());
+    plane.tasks.own("watches", following);
+    let synced = plane.readiness.gate("first lists of the cluster");
+    plane.tasks.own(
+        "first lists",
+        until_synced(world.clone(), synced, stop.clone()),
+    );
+    let trust = plane
+        .readiness
+        .gate("caBundle that the API server trusts us by");
+    let (notes, writing) =
+        events::write(client.clone(), clock.clone(), replica.clone(), stop.clone());
+    plane.tasks.own("events", writing);
+    let candidate = Candidate {
+        namespace: namespace.clone(),
+        name: "malha-leader".to_owned(),
+        identity: replica.clone(),
+    };
+    let (claim, holding) = lease::hold(
+        client.clone(),
+        candidate,
+        clock.clone(),
+        metrics.lease,
+        stop.clone(),
+    );
+    plane.tasks.own("lease", holding);
+
+    let traces = Traces {
+        config_map: "malha-ca-root-cert".to_owned(),
+        webhook: "malha-injector".to_owned(),
+    };
+    let home = SecretHome::new(client.clone(), &namespace, "malha-ca", traces);
+    let Some(custody) = plane.open(&home, mends).await? else {
+        return Ok(());
+    };
+    let (changes, listening) = home.changes(stop.clone());
+    plane.tasks.own("journal watch", listening);
+    plane.tasks.own(
+        "journal refresh",
+        refresh_on_change(custody.clone(), changes, stop.clone()),
+    );
+
+    let (live, publishing) = ca_bundle::keep(Keeper {
+        client: client.clone(),
+        targets: Targets {
+            injector: "malha-injector".to_owned(),
+            advice: "malha-advice".to_owned(),
+        },
+        wanted: custody.watch(),
+        bundle_of: |authority: &Arc<Authority>| authority.bundle().clone(),
+        claim: claim.clone(),
+        notes: notes.clone(),
+        metrics: metrics.ca_bundle,
+        stop: stop.clone(),
+    });
+    plane.tasks.own("caBundle", publishing);
+    let webhook_name = format!("malha.{namespace}.svc");
+    let trusted = Trusted {
+        live,
+        chain: plane.webhook_chain(),
+        dns_name: webhook_name.clone(),
+        clock: clock.clone(),
+    };
+    plane
+        .tasks
+        .own("caBundle check", trusted.prove(trust, stop.clone()));
+    let surveying = pods::keep(pods::Watch {
+        client: client.clone(),
+        world: world.clone(),
+        injector: plane.injector.clone(),
+        claim: claim.clone(),
+        notes,
+        metrics: metrics.pods,
+        clock: clock.clone(),
+        stop: stop.clone(),
+    });
+    plane.tasks.own("pods", surveying);
+    let authenticate = ClusterTokens::new(client, world.clone(), options(&plane.settings));
+    plane
+        .tasks
+        .own("token keys", authenticate.follow(clock, stop));
+    let skew = {
+        let world = world.clone();
+        Box::new(move || world.clock_skew())
+    };
+    plane
+        .run(Home {
+            custody,
+            authenticate,
+            cluster: world,
+            leads: claim.watch(),
+            skew,
+            webhook_names: vec![webhook_name.clone()],
+            ca_names: vec![webhook_name, format!("malha.{namespace}")],
+            replica,
+        })
+        .await
+}
+
+/// Whether it may be put right while we wait: a Secret that is restored, an API server that comes back. A replica that
+/// ended instead would be restarted with growing pauses and take the admissions of its node pool down with it.
+fn mends(error: &CustodyError) -> bool {
+    !matches!(
+        error,
+        CustodyError::Policy(_) | CustodyError::OtherTrustDomain { .. }
+    )
+}
+
+/// The pod's name, which the kubelet makes the host's; unique among replicas that run elsewhere, too.
+fn replica_name() -> String {
+    let host = nix::unistd::gethostname()
+        .ok()
+        .and_then(|name| name.into_string().ok());
+    match (std::env::var("POD_NAME"), host) {
+        (Ok(pod), _) if !pod.is_empty() => pod,
+        (_, host) => format!(
+            "{}-{}",
+            host.as_deref().unwrap_or("malha"),
+            std::process::id()
+        ),
+    }
+}
+
+fn options(settings: &Settings) -> Options {
+    Options {
+        trust_domain: settings.trust_domain.clone(),
+        audiences: settings.audiences.clone(),
+        require_bound_pod: settings.require_bound_pod,
+        validation: match settings.validation {
+            config::Validation::Auto => Validation::Auto,
+            config::Validation::Jwks => Validation::Jwks,
+            config::Validation::TokenReview => Validation::TokenReview,
+        },
+    }
+}
+
+impl Metrics {
+    fn register(&self, registry: &mut Registry) {
+        self.world.register(registry);
+        self.lease.register(registry);
+        self.ca_bundle.register(registry);
+        self.pods.register(registry);
+    }
+}
+
+async fn until_synced(world: Arc<World>, gate: Gate, stop: CancellationToken) {
+    let mut changes = world.changes();
+    while !world.synced() {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = timeout(LOOK_AGAIN, changes.changed()) => {}
+        }
+    }
+    gate.open();
+    stop.cancelled().await;
+}
+
+/// Reads the journal again whenever its Secret changed. What cannot be read stays as it was: custody tells so itself.
+async fn refresh_on_change<H: JournalHome>(
+    custody: Arc<Custody<H>>,
+    mut changes: watch::Receiver<Option<String>>,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = changes.changed() => if changed.is_err() {
+                return stop.cancelled().await;
+            },
+        }
+        if let Err(error) = custody.refresh().await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "the changed CA journal was not taken over");
+        }
+    }
+}
+
+/// Whether the API server, with the bundle that it holds, would trust what the webhook serves.
+struct Trusted {
+    live: Live,
+    chain: watch::Receiver<Option<Arc<KeyedChain>>>,
+    dns_name: String,
+    clock: Clock,
+}
+
+impl Trusted {
+    /// Opens the gate the first time it would. Later mismatches are repaired and counted, and do not make this replica
+    /// unready: the signer beside the webhook must not go down with it.
+    async fn prove(mut self, gate: Gate, stop: CancellationToken) {
+        let mut changes = self.live.changes();
+        while !self.holds() {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = timeout(LOOK_AGAIN, changes.changed()) => {}
+                _ = self.chain.changed() => {}
+            }
+        }
+        gate.open();
+        stop.cancelled().await;
+    }
+
+    fn holds(&self) -> bool {
+        let Some(keyed) = self.chain.borrow().clone() else {
+            return false;
+        };
+        match self
+            .live
+            .verifies(&keyed.chain, &self.dns_name, self.clock.now())
+        {
+            Ok(()) => true,
+            Err(mismatch) => {
+                tracing::debug!(%mismatch, "the API server does not trust the webhook yet");
+                false
+            }
+        }
+    }
+}

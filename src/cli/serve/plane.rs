@@ -1,0 +1,387 @@
+//! What every control plane has, wherever its state lives: three ports, two certificates, the webhook, the signer.
+//!
+//! [`Plane::begin`] takes the ports -> [`Plane::open`] waits for the journal -> [`Plane::run`] serves until the stop
+
+use std::{error::Error, net::SocketAddr, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use prometheus_client::registry::Registry;
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    overrides::Overrides,
+    sanity::{self, Sanity, Skew},
+};
+use crate::{
+    ca::{Authority, KeyedChain, caller::Authenticate, journal::JournalHome, profile::Profile},
+    cli::{Exit, Failure, exit::OrExit as _},
+    clock::Clock,
+    config::Settings,
+    custody::{self, Custody, CustodyError},
+    identity::SpiffeId,
+    inject::{ClusterFacts, Injector},
+    runtime::{
+        self,
+        admin::Admin,
+        readiness::{Gate, Readiness},
+        tasks::Tasks,
+    },
+    signing::{self, Audit, Signing},
+    tls::{self, Alpn, Bound, Limits, ServingCertificate},
+    webhook::{self, Webhook},
+};
+
+/// A process that has its ports and answers on the admin port; its journal is not open yet.
+pub(super) struct Plane {
+    pub(super) settings: Settings,
+    pub(super) clock: Clock,
+    pub(super) stop: CancellationToken,
+    pub(super) tasks: Tasks,
+    pub(super) readiness: Readiness,
+    signing_gate: signing::Gate,
+    pub(super) injector: Arc<ArcSwap<Injector>>,
+    gates: Gates,
+    overrides: Overrides,
+    webhook: Port,
+    ca: Port,
+    admin: SocketAddr,
+    metrics: Metrics,
+}
+
+/// What must have happened before this is ready. All of them stand from the first moment on, so that it is not ready in
+/// between.
+struct Gates {
+    journal: Gate,
+    webhook: Gate,
+    ca: Gate,
+}
+
+/// A TLS listener that is taken but not served yet, and where its certificates come from.
+struct Port {
+    bound: Bound,
+    certificate: Arc<ServingCertificate>,
+    chains: watch::Sender<Option<Arc<KeyedChain>>>,
+}
+
+/// What differs between a cluster and a directory.
+pub(super) struct Home<H, A> {
+    pub(super) custody: Arc<Custody<H>>,
+    pub(super) authenticate: A,
+    pub(super) cluster: Arc<dyn ClusterFacts>,
+    /// Whether this process leads the replicas, now.
+    pub(super) leads: watch::Receiver<bool>,
+    /// How far the clock is off by what the cluster says.
+    pub(super) skew: Skew,
+    /// DNS names by which the webhook is dialled; the first is the one it must prove.
+    pub(super) webhook_names: Vec<String>,
+    /// DNS names by which the signer is dialled; likewise.
+    pub(super) ca_names: Vec<String>,
+    /// Whose audit records these are.
+    pub(super) replica: String,
+}
+
+/// Where the listeners answer.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub(super) struct Addresses {
+    pub(super) webhook: SocketAddr,
+    pub(super) ca: SocketAddr,
+    pub(super) admin: SocketAddr,
+}
+
+/// What the rooms count, known to the scraper from the first moment on.
+#[derive(Default)]
+struct Metrics {
+    listeners: tls::Metrics,
+    webhook: webhook::Metrics,
+    signing: signing::Metrics,
+    custody: custody::Metrics,
+}
+
+/// The first and the longest pause between two tries to open the journal.
+const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+
+/// The pause between two calls of a listener that does not answer yet.
+const PROVE_PAUSE: Duration = Duration::from_millis(50);
+
+/// What open requests and the lease may take beyond the drain. With the default drain of 10 s it stays within the 30 s
+/// that a kubelet grants.
+const FINISH: Duration = Duration::from_secs(10);
+
+impl Plane {
+    /// Takes the ports and answers on the admin port. `count` adds what else is counted.
+    pub(super) async fn begin(
+        settings: Settings,
+        stop: CancellationToken,
+        count: impl FnOnce(&mut Registry),
+    ) -> Result<Self, Failure> {
+        let clock = runtime::clock::system();
+        let overrides = Overrides::of(&settings);
+        let injector = overrides.load().or_exit(Exit::BadInput)?;
+        let limits = Limits {
+            drain: settings.drain,
+            ..Limits::default()
+        };
+        let metrics = Metrics::default();
+        let take = async |addr, name, alpn| Port::take(addr, name, alpn, &limits, &metrics).await;
+        let webhook = take(settings.webhook_addr, "webhook", Alpn::Http1).await?;
+        let ca = take(settings.ca_addr, "ca", Alpn::Http2).await?;
+        let admin = Admin::bind(settings.admin_addr)
+            .await
+            .or_exit(Exit::Internal)?;
+        let admin = admin.counted(&metrics.listeners);
+        let admin_addr = admin.local_addr();
+
+        let mut registry = runtime::metrics::registry(clock.now());
+        metrics.register(&mut registry);
+        count(&mut registry);
+        let readiness = Readiness::new(stop.clone());
+        let gates = Gates {
+            journal: readiness.gate("CA journal"),
+            webhook: readiness.gate("webhook listener"),
+            ca: readiness.gate("CA listener"),
+        };
+        let mut tasks = Tasks::new(stop.clone());
+        tasks.attend("admin", admin.serve(readiness.clone(), Arc::new(registry)));
+        Ok(Self {
+            settings,
+            clock,
+            stop,
+            tasks,
+            readiness,
+            signing_gate: signing::Gate::default(),
+            injector: Arc::new(ArcSwap::from_pointee(injector)),
+            gates,
+            overrides,
+            webhook,
+            ca,
+            admin: admin_addr,
+            metrics,
+        })
+    }
+
+    /// The chain that the webhook serves; `None` until the first is issued.
+    pub(super) fn webhook_chain(&self) -> watch::Receiver<Option<Arc<KeyedChain>>> {
+        self.webhook.chains.subscribe()
+    }
+
+    /// Where the listeners answer.
+    pub(super) fn addresses(&self) -> Addresses {
+        Addresses {
+            webhook: self.webhook.bound.local_addr(),
+            ca: self.ca.bound.local_addr(),
+            admin: self.admin,
+        }
+    }
+
+    /// Opens the journal, trying again as long as `mends` expects an error to pass, and meanwhile the log and `/readyz`
+    /// say what is missing; `None` where the process is told to stop before.
+    pub(super) async fn open<H: JournalHome + Clone>(
+        &self,
+        home: &H,
+        mends: impl Fn(&CustodyError) -> bool,
+    ) -> Result<Option<Arc<Custody<H>>>, Failure> {
+        let mut pause = OPEN_PAUSE.0;
+        loop {
+            let opening = Custody::open(
+                home.clone(),
+                self.settings.rotation.clone(),
+                self.settings.trust_domain.clone(),
+                self.clock.clone(),
+                self.metrics.custody.clone(),
+            );
+            let opened = tokio::select! {
+                () = self.stop.cancelled() => return Ok(None),
+                opened = opening => opened,
+            };
+            match opened {
+                Ok(custody) => {
+                    return Ok(Some(custody));
+                }
+                Err(error) if mends(&error) => {
+                    let error = &error as &dyn Error;
+                    tracing::error!(error, retry_in = ?pause, "the CA journal cannot be opened");
+                }
+                Err(error) => return Err(Exit::BadInput.because(error)),
+            }
+            let _ = timeout(pause, self.stop.cancelled()).await;
+            pause = (pause * 2).min(OPEN_PAUSE.1);
+        }
+    }
+
+    /// Serves until the stop, or until a part of it fails.
+    pub(super) async fn run<H: JournalHome, A: Authenticate>(
+        mut self,
+        home: Home<H, A>,
+    ) -> Result<(), Failure> {
+        let id = self.own_identity()?;
+        self.gates.journal.open();
+        let custody = home.custody;
+        let stop = self.stop.clone();
+        let webhook_profile = Profile::Webhook {
+            dns_names: home.webhook_names.clone(),
+        };
+        let ca_profile = Profile::ControlPlane {
+            id,
+            dns_names: home.ca_names.clone(),
+        };
+        for (name, port, profile) in [
+            ("webhook certificate", &self.webhook, webhook_profile),
+            ("CA certificate", &self.ca, ca_profile),
+        ] {
+            let keeping = port.keep_certificate(&custody, profile, &self.clock, &stop);
+            self.tasks.own(name, keeping);
+        }
+        for (name, port, dns_names, gate) in [
+            (
+                "webhook listener",
+                &self.webhook,
+                home.webhook_names,
+                self.gates.webhook,
+            ),
+            ("CA listener", &self.ca, home.ca_names, self.gates.ca),
+        ] {
+            let addr = port.bound.local_addr();
+            self.tasks.own(
+                name,
+                prove(addr, dns_names, custody.watch(), gate, stop.clone()),
+            );
+        }
+        let authority = {
+            let custody = custody.clone();
+            move || custody.authority()
+        };
+        let signing = Signing::new(
+            authority,
+            home.authenticate,
+            self.settings.rotation.leaf,
+            signing::Limits::default(),
+            self.clock.clone(),
+            self.metrics.signing,
+        );
+        let signing = signing
+            .with_gate(self.signing_gate.clone())
+            .with_audit(Audit::new(home.replica));
+        let webhook = webhook::router(Webhook {
+            injector: self.injector.clone(),
+            cluster: home.cluster,
+            metrics: self.metrics.webhook,
+            limits: webhook::Limits::default(),
+        });
+        self.tasks
+            .own("webhook", self.webhook.bound.serve(webhook, stop.clone()));
+        let signer = signing::router(Arc::new(signing));
+        self.tasks
+            .own("signer", self.ca.bound.serve(signer, stop.clone()));
+        let jumps = runtime::clock::jumps(self.clock, sanity::TOLERANCE);
+        let sanity = Sanity {
+            jump: jumps.told(),
+            rebase: jumps.rebase(),
+            skew: home.skew,
+            leads: home.leads,
+            gate: self.signing_gate,
+        };
+        let (acts, acting) = watch::channel(false);
+        self.tasks.own("clock", jumps.watch(stop.clone()));
+        self.tasks
+            .own("clock's consequences", sanity.keep(acts, stop.clone()));
+        self.tasks
+            .own("CA journal", custody.keep(acting, stop.clone()));
+        self.tasks.own(
+            "injector settings",
+            self.overrides.keep(self.injector, stop),
+        );
+        self.tasks
+            .run(self.settings.drain + FINISH)
+            .await
+            .or_exit(Exit::Internal)
+    }
+
+    /// Who the control plane itself is.
+    fn own_identity(&self) -> Result<SpiffeId, Failure> {
+        SpiffeId::new(
+            &self.settings.trust_domain,
+            &self.settings.namespace,
+            "malha",
+        )
+        .or_exit(Exit::Usage)
+    }
+}
+
+impl Port {
+    async fn take(
+        addr: SocketAddr,
+        name: &'static str,
+        alpn: Alpn,
+        limits: &Limits,
+        metrics: &Metrics,
+    ) -> Result<Self, Failure> {
+        let certificate = ServingCertificate::new();
+        let bound = Bound::new(addr, certificate.clone(), alpn, limits.clone()).await;
+        let bound = bound
+            .or_exit(Exit::Internal)?
+            .counted(&metrics.listeners, name);
+        Ok(Self {
+            bound,
+            certificate,
+            chains: watch::Sender::new(None),
+        })
+    }
+
+    /// Issues this port's certificate, again and again in time, and serves each from the next handshake on.
+    fn keep_certificate<H: JournalHome>(
+        &self,
+        custody: &Arc<Custody<H>>,
+        profile: Profile,
+        clock: &Clock,
+        stop: &CancellationToken,
+    ) -> impl Future<Output = ()> + Send + use<H> {
+        let (chains, stop) = (self.chains.clone(), stop.clone());
+        let following = self
+            .certificate
+            .clone()
+            .follow(chains.subscribe(), stop.clone());
+        let keeping = custody::keep_serving(custody.clone(), profile, clock.clone(), chains, stop);
+        async move {
+            tokio::join!(keeping, following);
+        }
+    }
+}
+
+impl Metrics {
+    fn register(&self, registry: &mut Registry) {
+        self.listeners.register(registry);
+        self.webhook.register(registry);
+        self.signing.register(registry);
+        self.custody.register(registry);
+    }
+}
+
+/// Opens the gate when a call through the real listener succeeds, as a client with today's bundle would make it.
+async fn prove(
+    addr: SocketAddr,
+    dns_names: Vec<String>,
+    authorities: watch::Receiver<Arc<Authority>>,
+    gate: Gate,
+    stop: CancellationToken,
+) {
+    let name = dns_names.first().map_or("localhost", String::as_str);
+    let answered = async {
+        loop {
+            let authority = authorities.borrow().clone();
+            match tls::probe(addr, name, authority.bundle().certificates()).await {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(error = &error as &dyn Error, "not answering yet"),
+            }
+            sleep(PROVE_PAUSE).await;
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => return,
+        () = answered => gate.open(),
+    }
+    stop.cancelled().await;
+}
