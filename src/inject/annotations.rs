@@ -448,11 +448,7 @@ fn warn_of_unknown(keys: &[&str], warnings: &mut Vec<Warning>) {
     for key in keys.iter().take(MOST_UNKNOWN_NAMED) {
         warnings.push(Warning::new(
             WarningCode::AnnotationUnknown,
-            format_args!(
-                "no annotation {} is known; nearest: {}",
-                shown(key),
-                nearest(key)
-            ),
+            format_args!("did you mean {}? unknown: {}", nearest(key), shown(key)),
         ));
     }
     if let Some(more) = keys

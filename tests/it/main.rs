@@ -2,6 +2,7 @@
 
 #[path = "../support/dice.rs"]
 mod dice;
+mod inject_golden;
 #[path = "../support/pods.rs"]
 mod pods;
 mod pods_are_odd;
