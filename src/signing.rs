@@ -453,3 +453,58 @@ fn sha256(bytes: impl AsRef<[u8]>) -> [u8; 32] {
     hash.copy_from_slice(digest::digest(&digest::SHA256, bytes.as_ref()).as_ref());
     hash
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn two_replicas_give_no_serial_twice_within_one_hour() {
+        let now = at("2026-11-22T10:00:00Z");
+        let mut serials = HashSet::new();
+        let replicas: Vec<_> = (0..2)
+            .map(|_| {
+                std::thread::spawn(move || -> Vec<Serial> {
+                    let throw = |_| Serial::for_workload(now, Dice::throw().unwrap().serial);
+                    (0..100_000).map(throw).collect()
+                })
+            })
+            .collect();
+        for replica in replicas {
+            for serial in replica.join().unwrap() {
+                assert!(serials.insert(*serial.as_bytes()), "{serial}");
+                assert!(
+                    (0x40..0x80).contains(&serial.as_bytes()[0]),
+                    "{serial} is not positive"
+                );
+            }
+        }
+        assert_eq!(serials.len(), 200_000);
+    }
+
+    #[test]
+    fn a_life_is_between_nine_tenths_and_all_of_what_was_asked() {
+        let (hour, minute) = (Duration::from_secs(3600), Duration::from_secs(60));
+        assert_eq!(granted_life(hour, minute, 0.0), Duration::from_secs(3240));
+        assert_eq!(granted_life(hour, minute, 1.0), hour);
+        assert_eq!(
+            granted_life(minute, minute, 0.0),
+            minute,
+            "not below the shortest"
+        );
+    }
+
+    #[test]
+    fn renewal_is_due_around_half_of_what_is_left() {
+        let (now, end) = (at("2026-11-22T10:00:00Z"), at("2026-11-23T10:00:00Z"));
+        assert_eq!(renew_at(now, end, 0.0), at("2026-11-22T20:48:00Z"));
+        assert_eq!(renew_at(now, end, 1.0), at("2026-11-22T23:12:00Z"));
+        assert_eq!(renew_at(end, now, 1.0), end, "nothing is left: at once");
+    }
+}

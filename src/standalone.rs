@@ -27,6 +27,9 @@ pub use self::{
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DirectoryError {
+    /// Nothing stands there.
+    #[error("there is no directory {0}; `malha serve --standalone {0}` makes it")]
+    Missing(PathBuf),
     /// Something else stands there.
     #[error("{0} is not a directory; name a new one, and it is made")]
     NotADirectory(PathBuf),

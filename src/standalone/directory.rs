@@ -36,6 +36,18 @@ impl Directory {
         Ok(directory)
     }
 
+    /// As [`Self::open`], but makes none: for those who want to see what is there, and may have mistyped its name.
+    ///
+    /// # Errors
+    /// Also [`DirectoryError::Missing`].
+    pub fn open_existing(path: &Path) -> Result<Self, DirectoryError> {
+        match path.try_exists() {
+            Ok(false) => Err(DirectoryError::Missing(path.to_owned())),
+            Ok(true) => Self::open(path),
+            Err(e) => Err(files::failed("look for", path)(e)),
+        }
+    }
+
     /// The absolute path.
     pub fn path(&self) -> &Path {
         &self.0

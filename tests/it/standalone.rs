@@ -102,6 +102,17 @@ fn a_directory_that_holds_something_is_never_closed_behind_its_users_back() {
 }
 
 #[test]
+fn who_only_looks_makes_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("mistyped");
+    let refused = Directory::open_existing(&path).unwrap_err();
+    assert!(matches!(refused, DirectoryError::Missing(_)), "{refused}");
+    assert!(!path.exists());
+    Directory::open(&path).unwrap();
+    Directory::open_existing(&path).unwrap();
+}
+
+#[test]
 fn what_is_no_directory_is_refused_with_words() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("file");

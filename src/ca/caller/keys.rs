@@ -12,9 +12,9 @@ use serde::Deserialize;
 /// name them, but finds no key. A set in which no key is left is refused, so that a wrong document never replaces the
 /// last good set.
 #[derive(Clone, Default)]
-pub struct KeySet(HashMap<(String, KeyType), DecodingKey>);
+pub struct KeySet(HashMap<String, Vec<(KeyType, DecodingKey)>>);
 
-/// What kind a key is. Part of the look-up: a token that names an RSA key with an ES256 header finds nothing, so a key
+/// What kind a key is, a part of the look-up: a token that names an RSA key with an ES256 header finds nothing, so a key
 /// is never tried with another algorithm's arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum KeyType {
@@ -43,7 +43,7 @@ impl KeySet {
     pub fn parse(document: &[u8]) -> Result<Self, KeySetError> {
         let document: Document =
             serde_json::from_slice(document).map_err(|e| KeySetError::NotJwks(e.to_string()))?;
-        let mut keys = HashMap::new();
+        let mut keys: HashMap<String, Vec<(KeyType, DecodingKey)>> = HashMap::new();
         for jwk in document.keys {
             let Ok(jwk) = serde_json::from_value::<Jwk>(jwk) else {
                 continue;
@@ -51,9 +51,11 @@ impl KeySet {
             let Some((id, kind, key)) = jwk.usable() else {
                 continue;
             };
-            if keys.insert((id.clone(), kind), key).is_some() {
+            let of_this_id = keys.entry(id.clone()).or_default();
+            if of_this_id.iter().any(|(other, _)| *other == kind) {
                 return Err(KeySetError::Ambiguous(id));
             }
+            of_this_id.push((kind, key));
         }
         if keys.is_empty() {
             return Err(KeySetError::Empty);
@@ -63,7 +65,7 @@ impl KeySet {
 
     /// How many usable keys there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.0.values().map(Vec::len).sum()
     }
 
     /// Whether there is none (only [`Self::default`] makes such a set).
@@ -72,7 +74,8 @@ impl KeySet {
     }
 
     pub(super) fn find(&self, id: &str, kind: KeyType) -> Option<&DecodingKey> {
-        self.0.get(&(id.to_owned(), kind))
+        let mut keys = self.0.get(id)?.iter();
+        keys.find_map(|(other, key)| (*other == kind).then_some(key))
     }
 }
 
