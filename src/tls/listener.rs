@@ -73,7 +73,7 @@ impl Default for Limits {
             head_bytes: 16 << 10,
             request: Duration::from_secs(30),
             idle: Duration::from_secs(90),
-            grace: Duration::from_millis(50),
+            grace: Duration::from_millis(100),
             linger: Duration::from_secs(2),
             drain: Duration::from_secs(10),
             finish: Duration::from_secs(8),

@@ -11,3 +11,4 @@ mod rooms;
 mod signing;
 mod standalone;
 mod support;
+mod webhook;
