@@ -26,6 +26,7 @@ use axum::routing::post;
 use futures::FutureExt;
 use tokio::task::spawn_blocking;
 
+use crate::inject::advice::advise as advise_on;
 use crate::inject::{Call, ClusterFacts, Entry, Injector, PodError, Reason, SkipReason, Warning};
 use crate::inject::{Verdict, WarningCode};
 
@@ -222,15 +223,34 @@ impl Desk {
         let desk = Arc::clone(self);
         let weigh = move || {
             let review = Review::parse(body.bytes())?;
-            Ok(answer::advice(&review.uid, &desk.warnings(&review)))
+            Ok(answer::advice(&review.uid, &desk.words(&review)))
         };
         spawn_blocking(weigh)
             .await
             .unwrap_or_else(|_| Err(Refusal::panicked()))
     }
 
-    fn warnings(&self, _review: &Review<'_>) -> Vec<Warning> {
-        Vec::new()
+    /// What its author should know. Nothing where the namespace is not known: a guess would be worse.
+    fn words(&self, review: &Review<'_>) -> Vec<String> {
+        let Webhook {
+            injector, cluster, ..
+        } = &self.webhook;
+        let advised =
+            cluster
+                .namespace(&review.namespace)
+                .zip(review.object)
+                .map(|(namespace, workload)| {
+                    let kubelet = cluster.oldest_kubelet();
+                    advise_on(&injector.load(), workload.as_bytes(), &namespace, kubelet)
+                });
+        match advised {
+            None => Vec::new(),
+            Some(Ok(advice)) => advice.warnings,
+            Some(Err(error)) => {
+                tracing::debug!(%error, "a workload could not be read, so nothing is advised");
+                Vec::new()
+            }
+        }
     }
 
     /// Refuses what never became a review.

@@ -85,8 +85,7 @@ async fn linger_once(number: usize, addr: SocketAddr, config: Arc<ClientConfig>)
     let begun: &[u8] = match number % 3 {
         0 => {
             tcp.write_all(&[22, 3, 1]).await?;
-            tcp.read(&mut [0; 64]).await?;
-            return Ok(());
+            return until_closed(&mut tcp).await;
         }
         1 => b"POST /inject/ns HTTP/1.1\r\nHost",
         _ => b"POST /inject/ns HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
@@ -95,7 +94,11 @@ async fn linger_once(number: usize, addr: SocketAddr, config: Arc<ClientConfig>)
     let mut tls = TlsConnector::from(config).connect(name, tcp).await?;
     tls.write_all(begun).await?;
     tls.flush().await?;
-    tls.read(&mut [0; 64]).await?;
+    until_closed(&mut tls).await
+}
+
+async fn until_closed(stream: &mut (impl AsyncReadExt + Unpin)) -> io::Result<()> {
+    while stream.read(&mut [0; 64]).await? > 0 {}
     Ok(())
 }
 

@@ -614,3 +614,45 @@ async fn shake(served: &Served, config: ClientConfig) -> std::io::Result<Option<
     stream.read_exact(&mut [0; 12]).await?;
     Ok(agreed)
 }
+
+#[tokio::test]
+async fn advice_warns_and_never_refuses() {
+    let served = Served::start().await;
+    let deployment = json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "web"},
+        "spec": {"template": {
+            "metadata": {"annotations": {"sidecar.istio.io/injekt": "true"}},
+            "spec": {"containers": [{"name": "web", "image": "web:1"}]},
+        }},
+    });
+    let ask = async |namespace: &str, object: &Value| {
+        let mut review = review::of_pod("u", namespace, object);
+        review["request"]["resource"] =
+            json!({"group": "apps", "version": "v1", "resource": "deployments"});
+        let answer = served
+            .connect()
+            .await
+            .post("/advise?timeout=1s", review.to_string().as_bytes())
+            .await
+            .expect("an answer");
+        assert_eq!(answer.status, 200);
+        let response = answer.json()["response"].clone();
+        assert_eq!(response["allowed"], true);
+        assert!(response.get("patch").is_none());
+        response["warnings"].clone()
+    };
+    let words = ask("meshed", &deployment).await.to_string();
+    assert!(words.contains("AnnotationUnknown"), "{words}");
+    assert_eq!(ask("nowhere", &deployment).await, Value::Null);
+    for odd in [
+        Value::Null,
+        json!([]),
+        json!({}),
+        json!({"kind": "Deployment", "spec": 7}),
+    ] {
+        assert_eq!(ask("meshed", &odd).await, Value::Null, "{odd}");
+    }
+    assert_eq!(served.counts(), []);
+}
