@@ -491,4 +491,6 @@ impl AuthorityError {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;

@@ -52,6 +52,7 @@ pub struct Custody<H> {
     policy: RotationPolicy,
     clock: Clock,
     metrics: Metrics,
+    pace: Pace,
     published: watch::Sender<Arc<Authority>>,
     held: Mutex<Held>,
     /// Reads and writes of this process take turns.
@@ -72,6 +73,18 @@ impl<H: JournalHome> Custody<H> {
     /// # Errors
     /// What keeps a process from signing. A home that cannot be reached is worth another try.
     pub async fn open(
+        home: H,
+        policy: RotationPolicy,
+        trust_domain: TrustDomain,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Result<Arc<Self>, CustodyError> {
+        let pace = Pace::default();
+        Self::open_at(pace, home, policy, trust_domain, clock, metrics).await
+    }
+
+    async fn open_at(
+        pace: Pace,
         home: H,
         policy: RotationPolicy,
         trust_domain: TrustDomain,
@@ -102,6 +115,7 @@ impl<H: JournalHome> Custody<H> {
             policy,
             clock,
             metrics,
+            pace,
         });
         if custody.is_behind(&stored.journal, now)
             && let Err(error) = custody.tick().await
@@ -192,7 +206,7 @@ impl<H: JournalHome> Custody<H> {
         if *duty == Duty::Claim {
             match self.claim().await {
                 Ok(()) => *duty = Duty::Lead,
-                Err(_) => return dice::jitter(RETRY),
+                Err(_) => return dice::jitter(self.pace.retry),
             }
         }
         let done = match *duty {
@@ -203,13 +217,14 @@ impl<H: JournalHome> Custody<H> {
             Ok(next) => {
                 let due = next.map(|next| self.clock.now().duration_until(next));
                 let due = due.and_then(|due| Duration::try_from(due).ok());
-                dice::jitter(PERIOD).min(due.unwrap_or(PERIOD).max(SHORTEST_PAUSE))
+                let due = due.unwrap_or(self.pace.period).max(self.pace.retry);
+                dice::jitter(self.pace.period).min(due)
             }
             Err(CustodyError::Superseded { .. }) => {
                 *duty = Duty::Follow;
-                dice::jitter(PERIOD)
+                dice::jitter(self.pace.period)
             }
-            Err(_) => dice::jitter(RETRY),
+            Err(_) => dice::jitter(self.pace.retry),
         }
     }
 
@@ -325,14 +340,26 @@ enum Duty {
     Lead,
 }
 
-/// How often the journal is read where no watch speaks first.
-const PERIOD: Duration = Duration::from_secs(30);
+/// How often things are looked at. A field, so that a test need not wait for them.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// How often the journal is read where no watch speaks first.
+    period: Duration,
+    /// How soon it is tried again after a fault, and the shortest pause between two looks.
+    retry: Duration,
+    /// How often a clock is looked at while something waits for it: it may be set, and a laptop may sleep.
+    glance: Duration,
+}
 
-/// How soon it is tried again after a fault.
-const RETRY: Duration = Duration::from_secs(5);
-
-/// Between two ticks that both found something to do.
-const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            period: Duration::from_secs(30),
+            retry: Duration::from_secs(5),
+            glance: Duration::from_secs(60),
+        }
+    }
+}
 
 /// How long a process signs without having read the journal. A root that stopped signing stays trusted for longer than
 /// this plus the longest leaf, so nothing that is signed in this time is refused by anybody.

@@ -11,7 +11,7 @@ use x509_parser::{
     prelude::FromDer,
 };
 
-use crate::ca::{KeyId, Validity};
+use crate::ca::{KeyId, Validity, der};
 
 /// A CA certificate: CA:TRUE, allowed to sign certificates, with a subject key id.
 #[derive(Clone, PartialEq, Eq)]
@@ -156,9 +156,20 @@ pub(super) fn key_id(der: &[u8]) -> Result<KeyId, CertificateError> {
 
 fn read(der: &[u8]) -> Result<X509Certificate<'_>, CertificateError> {
     match X509Certificate::from_der(der) {
-        Ok(([], certificate)) => Ok(certificate),
+        Ok(([], certificate)) if is_strict(der, &certificate) => Ok(certificate),
         _ => Err(CertificateError::NotX509),
     }
+}
+
+/// What no signature covers must be beyond doubt too: the frame, and the name of the algorithm outside of it.
+fn is_strict(der: &[u8], certificate: &X509Certificate<'_>) -> bool {
+    let frame = || {
+        let content = der::only(der::SEQUENCE, der)?;
+        let signed = der::element(der::SEQUENCE, content)?;
+        let algorithm = der::element(der::SEQUENCE, signed.rest)?;
+        der::octets(der::only(der::BIT_STRING, algorithm.rest)?)
+    };
+    frame().is_some() && certificate.signature_algorithm == certificate.tbs_certificate.signature
 }
 
 fn subject_key_id(certificate: &X509Certificate<'_>) -> Option<KeyId> {

@@ -252,6 +252,11 @@ impl Journal {
         if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(JournalError::Twice(pair[0].clone()));
         }
+        let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        let is_serial = |s: &str| (1..=40).contains(&s.len()) && s.bytes().all(is_hex);
+        if !self.denied.iter().all(|denied| is_serial(&denied.serial)) {
+            return Err(JournalError::Serial);
+        }
         self.authorities
             .iter()
             .try_for_each(|authority| authority.check(&self.trust_domain))
@@ -387,8 +392,11 @@ pub enum JournalError {
     #[error("{0}")]
     Json(String),
     /// Not a trust domain.
-    #[error(transparent)]
-    TrustDomain(#[from] crate::identity::IdentityError),
+    #[error("its trust domain is not a legal name")]
+    TrustDomain,
+    /// A denied serial that is none.
+    #[error("a denied serial is not lower-case hex of at most 20 bytes")]
+    Serial,
     /// A duration below zero.
     #[error("its longest leaf has a negative life")]
     NegativeLife,
@@ -424,11 +432,16 @@ impl JournalError {
     /// is as long as one is left out.
     fn json(error: serde_json::Error) -> Self {
         let text = error.to_string();
-        let words = text.split(' ').map(|word| match word.len() {
-            0..=48 => word,
-            _ => "<long text>",
-        });
-        Self::Json(words.collect::<Vec<_>>().join(" "))
+        Self::Json(text.split(' ').map(shown).collect::<Vec<_>>().join(" "))
+    }
+}
+
+/// A word that is too short to be a key.
+fn shown(word: &str) -> &str {
+    if word.len() <= 48 {
+        word
+    } else {
+        "<long text>"
     }
 }
 
@@ -566,7 +579,10 @@ impl Wire {
         Ok(Journal {
             generation: self.generation,
             epoch: self.epoch,
-            trust_domain: self.trust_domain.parse()?,
+            trust_domain: self
+                .trust_domain
+                .parse()
+                .map_err(|_| JournalError::TrustDomain)?,
             longest_leaf: Duration::try_from(self.longest_leaf)
                 .map_err(|_| JournalError::NegativeLife)?,
             authorities: authorities
@@ -638,7 +654,7 @@ fn filed(id: String, certificate: CaCertificate) -> Result<CaCertificate, Journa
         Ok(certificate)
     } else {
         Err(JournalError::WrongId {
-            filed: id,
+            filed: shown(&id).to_owned(),
             found: certificate.id().clone(),
         })
     }

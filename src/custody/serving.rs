@@ -27,6 +27,7 @@ pub async fn keep_serving<H: JournalHome>(
     out: watch::Sender<Option<Arc<KeyedChain>>>,
     stop: CancellationToken,
 ) {
+    let glance = custody.pace.glance;
     let mut authorities = custody.watch();
     let mut failures = 0;
     loop {
@@ -47,14 +48,13 @@ pub async fn keep_serving<H: JournalHome>(
                 after(now, dice::jitter(pause_after(failures)))
             }
         };
-        // The clock is asked, not only slept on: it may be set, and a laptop may sleep.
         while clock.now() < renew_at {
             let rest = Duration::try_from(clock.now().duration_until(renew_at));
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
                 Ok(()) = authorities.changed() => break,
-                () = sleep(rest.unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE)) => {}
+                () = sleep(rest.unwrap_or(glance).min(glance)) => {}
             }
         }
         if stop.is_cancelled() {
