@@ -156,20 +156,22 @@ pub(super) fn key_id(der: &[u8]) -> Result<KeyId, CertificateError> {
 
 fn read(der: &[u8]) -> Result<X509Certificate<'_>, CertificateError> {
     match X509Certificate::from_der(der) {
-        Ok(([], certificate)) if is_strict(der, &certificate) => Ok(certificate),
+        Ok(([], certificate)) if is_strict(der) == Some(true) => Ok(certificate),
         _ => Err(CertificateError::NotX509),
     }
 }
 
-/// What no signature covers must be beyond doubt too: the frame, and the name of the algorithm outside of it.
-fn is_strict(der: &[u8], certificate: &X509Certificate<'_>) -> bool {
-    let frame = || {
-        let content = der::only(der::SEQUENCE, der)?;
-        let signed = der::element(der::SEQUENCE, content)?;
-        let algorithm = der::element(der::SEQUENCE, signed.rest)?;
-        der::octets(der::only(der::BIT_STRING, algorithm.rest)?)
-    };
-    frame().is_some() && certificate.signature_algorithm == certificate.tbs_certificate.signature
+/// What no signature covers must be beyond doubt too: the frame, and the algorithm's name that stands outside of it.
+/// (The parser lets other tags pass for its OBJECT IDENTIFIER.)
+fn is_strict(der: &[u8]) -> Option<bool> {
+    let content = der::only(der::SEQUENCE, der)?;
+    let signed = der::element(der::SEQUENCE, content)?;
+    let algorithm = der::element(der::SEQUENCE, signed.rest)?;
+    der::octets(der::only(der::BIT_STRING, algorithm.rest)?)?;
+    let version = der::element(der::VERSION, signed.content)?;
+    let serial = der::element(der::INTEGER, version.rest)?;
+    let inner = der::element(der::SEQUENCE, serial.rest)?;
+    Some(inner.whole == algorithm.whole)
 }
 
 fn subject_key_id(certificate: &X509Certificate<'_>) -> Option<KeyId> {

@@ -4,6 +4,8 @@ pub(super) const SEQUENCE: u8 = 0x30;
 pub(super) const INTEGER: u8 = 0x02;
 pub(super) const BIT_STRING: u8 = 0x03;
 pub(super) const OBJECT_IDENTIFIER: u8 = 0x06;
+/// The `[0]` around a certificate's version.
+pub(super) const VERSION: u8 = 0xa0;
 
 /// One element: its content, the whole of it (tag and length included), and what follows.
 pub(super) struct Element<'a> {

@@ -448,7 +448,7 @@ fn flipped_bits_and_cut_texts_never_panic_and_never_pass_for_another_journal() {
     for length in (0..text.len()).step_by(37) {
         assert!(Journal::from_json(&text[..length]).is_err());
     }
-    for bit in (0..text.len() * 8).step_by(61) {
+    for bit in (0..text.len() * 8).step_by(29) {
         let mut changed = text.to_vec();
         changed[bit / 8] ^= 1 << (bit % 8);
         if let Ok(read) = Journal::from_json(&changed) {
@@ -461,13 +461,7 @@ fn flipped_bits_and_cut_texts_never_panic_and_never_pass_for_another_journal() {
                 .iter()
                 .zip(&journal.active().intermediates)
             {
-                assert_eq!(
-                    ours.certificate,
-                    theirs.certificate,
-                    "bit {bit}: {:?} {:?}",
-                    crate::ca::pem::encode("A", ours.certificate.der()),
-                    crate::ca::pem::encode("B", theirs.certificate.der())
-                );
+                assert_eq!(ours.certificate, theirs.certificate, "bit {bit}");
                 let public = |i: &Intermediate| i.key.as_ref().map(SecretKey::public_key);
                 assert_eq!(public(ours), public(theirs));
             }
