@@ -20,6 +20,7 @@ use kube::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
+use zeroize::{Zeroize, Zeroizing};
 
 use super::{ApiError, ask, follow::Follow};
 use crate::ca::{
@@ -106,12 +107,16 @@ impl SecretHome {
         }
     }
 
-    fn parse(&self, secret: Secret) -> Result<Stored, HomeError> {
-        let data = secret.data.unwrap_or_default();
-        let Some(ByteString(text)) = data.get(JOURNAL_KEY) else {
+    fn parse(&self, mut secret: Secret) -> Result<Stored, HomeError> {
+        let text = secret
+            .data
+            .as_mut()
+            .and_then(|data| data.remove(JOURNAL_KEY));
+        let Some(ByteString(text)) = text else {
             return Err(self.unreadable(format!("it has no key {JOURNAL_KEY}")));
         };
-        let journal = Journal::from_json(text).map_err(|e| self.unreadable(e.to_string()))?;
+        let text = Zeroizing::new(text);
+        let journal = Journal::from_json(&text).map_err(|e| self.unreadable(e.to_string()))?;
         let Some(version) = secret.metadata.resource_version else {
             return Err(self.unreadable("it has no resourceVersion".to_owned()));
         };
@@ -158,8 +163,10 @@ impl JournalHome for SecretHome {
     }
 
     async fn create(&self, journal: &Journal) -> Result<Stored, HomeError> {
-        let fresh = self.fresh(journal);
-        match ask(self.secrets.create(&PostParams::default(), &fresh)).await {
+        let mut fresh = self.fresh(journal);
+        let created = ask(self.secrets.create(&PostParams::default(), &fresh)).await;
+        wipe(&mut fresh);
+        match created {
             Ok(secret) => self.read_back(secret, journal),
             Err(error) if error.code() == Some(409) => Err(self.conflict()),
             Err(error) => Err(self.unreachable(error)),
@@ -176,14 +183,14 @@ impl JournalHome for SecretHome {
         if secret.metadata.resource_version.as_deref() != Some(seen) {
             return Err(self.conflict());
         }
+        wipe(&mut secret);
         let text = ByteString(journal.to_json().to_vec());
         let data = secret.data.get_or_insert_default();
         data.insert(JOURNAL_KEY.to_owned(), text);
-        match ask(self
-            .secrets
-            .replace(&self.name, &PostParams::default(), &secret))
-        .await
-        {
+        let params = PostParams::default();
+        let replaced = ask(self.secrets.replace(&self.name, &params, &secret)).await;
+        wipe(&mut secret);
+        match replaced {
             Ok(secret) => self.read_back(secret, journal),
             Err(error) if matches!(error.code(), Some(404 | 409)) => Err(self.conflict()),
             Err(error) => Err(self.unreachable(error)),
@@ -206,10 +213,22 @@ impl JournalHome for SecretHome {
     }
 }
 
+/// Overwrites the keys in our copy. What the HTTP client makes of it on the way is out of our hands.
+fn wipe(secret: &mut Secret) {
+    let journal = secret
+        .data
+        .as_mut()
+        .and_then(|data| data.get_mut(JOURNAL_KEY));
+    if let Some(ByteString(text)) = journal {
+        text.zeroize();
+    }
+}
+
 async fn listen(mut follow: Follow<Secret>, title: String, tell: watch::Sender<Option<String>>) {
     loop {
         match follow.next().await {
-            Ok(secret) => {
+            Ok(mut secret) => {
+                secret.iter_mut().for_each(wipe);
                 let version = secret.and_then(|secret| secret.metadata.resource_version);
                 tell.send_if_modified(|told| {
                     let changed = *told != version;

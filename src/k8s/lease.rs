@@ -389,3 +389,63 @@ async fn within<T>(question: impl Future<Output = kube::Result<T>>) -> Result<T,
         Err(_) => Err(ApiError::Silent),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observed(holder: &str, since: Instant) -> Observed {
+        Observed {
+            version: "1".to_owned(),
+            holder: holder.to_owned(),
+            duration: DURATION,
+            since,
+        }
+    }
+
+    #[test]
+    fn a_lease_is_taken_only_when_its_holder_was_silent_for_the_whole_time() {
+        let start = Instant::now();
+        let theirs = observed("other", start);
+        assert_eq!(next(None, "me", start), Next::Create);
+        assert_eq!(next(Some(&observed("me", start)), "me", start), Next::Renew);
+        assert_eq!(next(Some(&observed("", start)), "me", start), Next::Take);
+        let almost = start + DURATION - Duration::from_millis(1);
+        assert_eq!(next(Some(&theirs), "me", almost), Next::Wait);
+        assert_eq!(next(Some(&theirs), "me", start + DURATION), Next::Take);
+    }
+
+    #[test]
+    fn a_holder_gives_up_before_anybody_may_take_over() {
+        // its last renewal began at 0 and was seen by a candidate at 0 at the earliest
+        assert!(RENEW_WITHIN + PATIENCE < DURATION);
+        assert!(RETRY * 3 < RENEW_WITHIN);
+    }
+
+    #[test]
+    fn a_claim_counts_transitions_and_keeps_what_it_does_not_know() {
+        let now = Timestamp::UNIX_EPOCH;
+        let mut spec = LeaseSpec {
+            lease_transitions: Some(i32::MAX),
+            preferred_holder: Some("kept".to_owned()),
+            ..LeaseSpec::default()
+        };
+        claim(&mut spec, "me", now);
+        assert_eq!(spec.lease_transitions, Some(i32::MAX));
+        assert_eq!(spec.acquire_time, Some(MicroTime(now)));
+        let later = now + jiff::SignedDuration::from_secs(2);
+        claim(&mut spec, "me", later);
+        assert_eq!(
+            spec.acquire_time,
+            Some(MicroTime(now)),
+            "a renewal is no acquisition"
+        );
+        assert_eq!(spec.renew_time, Some(MicroTime(later)));
+        assert_eq!(spec.preferred_holder.as_deref(), Some("kept"));
+    }
+
+    #[test]
+    fn an_unrivalled_claim_stands() {
+        assert!(Claim::unrivalled().stands());
+    }
+}

@@ -156,10 +156,10 @@ impl ClusterTokens {
     }
 
     async fn ask(&self, token: &str, now: Timestamp) -> Result<Caller, CallerError> {
-        if token.len() > MAX_TOKEN {
-            return Err(CallerError::TokenInvalid(
-                "it is longer than 16 KiB".to_owned(),
-            ));
+        // what the API server would call a bad question is a bad token
+        if token.is_empty() || token.len() > MAX_TOKEN {
+            let fault = "it is empty, or longer than 16 KiB";
+            return Err(CallerError::TokenInvalid(fault.to_owned()));
         }
         let unavailable = |fault: String| CallerError::VerifierUnavailable(fault);
         let _turn = self

@@ -1,6 +1,8 @@
 //! Tests against a real API server, in a binary of their own: `rig` starts it, the other modules each hold a subject.
 #![cfg(feature = "controller")]
 
+mod ca_bundle;
+mod journal;
 mod lease;
 mod manifests;
 mod rig;

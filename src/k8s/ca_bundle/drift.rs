@@ -101,3 +101,78 @@ fn fault(entry: &Entry, wanted: &Bundle) -> Option<Cause> {
         Record::Fresh | Record::Overwritten => Cause::Foreign,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two roots of nobody, made in memory.
+    fn bundles() -> (Bundle, Bundle, Bundle) {
+        let pem = |name: &str| {
+            let key = rcgen::KeyPair::generate().expect("a key");
+            let mut params = rcgen::CertificateParams::default();
+            params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            params
+                .distinguished_name
+                .push(rcgen::DnType::CommonName, name);
+            params.self_signed(&key).expect("a root").pem()
+        };
+        let (a, b) = (pem("a"), pem("b"));
+        let parse = |text: &str| Bundle::parse_pem(text.as_bytes()).expect("a bundle");
+        (parse(&a), parse(&b), parse(&format!("{a}{b}")))
+    }
+
+    fn entry(name: &str, ca_bundle: &str, record: Record) -> Entry {
+        Entry {
+            name: name.to_owned(),
+            ca_bundle: ca_bundle.into(),
+            record,
+        }
+    }
+
+    #[test]
+    fn the_cause_says_what_happened_to_the_bundle() {
+        let (ours, theirs, both) = bundles();
+        let (good, foreign) = (ours.to_pem(), theirs.to_pem());
+        let union = both.to_pem();
+        let comments = format!("# root\n\n{good}\n\n\n{}", good.trim_end());
+        for (live, record, want) in [
+            (good.as_str(), Record::Ours, None),
+            (comments.as_str(), Record::Overwritten, None),
+            ("", Record::Fresh, Some(Cause::Blank)),
+            ("\n", Record::Overwritten, Some(Cause::Blank)),
+            (foreign.as_str(), Record::Fresh, Some(Cause::Foreign)),
+            (union.as_str(), Record::Overwritten, Some(Cause::Foreign)),
+            ("garbage", Record::Overwritten, Some(Cause::Foreign)),
+            (union.as_str(), Record::Ours, Some(Cause::Stale)),
+        ] {
+            let found = drift(&[entry("a", live, record)], &ours);
+            assert_eq!(found.map(|drift| drift.cause), want, "{record:?}: {live}");
+        }
+    }
+
+    #[test]
+    fn a_first_write_takes_nothing_back_from_anybody() {
+        let (ours, theirs, _) = bundles();
+        let fresh = entry("a", "", Record::Fresh);
+        let first = drift(std::slice::from_ref(&fresh), &ours).expect("blank");
+        assert!(first.first);
+        let taken = drift(&[fresh.clone(), entry("b", "", Record::Overwritten)], &ours);
+        assert!(!taken.expect("blank").first);
+        let placed = drift(&[fresh, entry("b", &theirs.to_pem(), Record::Fresh)], &ours);
+        let placed = placed.expect("foreign");
+        assert_eq!((placed.cause, placed.first), (Cause::Foreign, false));
+        assert_eq!(placed.entries, ["a", "b"]);
+    }
+
+    #[test]
+    fn without_a_wanted_bundle_nothing_is_ever_blanked() {
+        let (_, theirs, _) = bundles();
+        let live = [
+            entry("a", &theirs.to_pem(), Record::Fresh),
+            entry("b", "", Record::Ours),
+        ];
+        assert_eq!(drift(&live, &Bundle::default()), None);
+        assert_eq!(drift(&[], &theirs), None);
+    }
+}

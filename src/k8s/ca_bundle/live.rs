@@ -151,3 +151,78 @@ fn verify(
     .map_err(words)?;
     leaf.verify_is_valid_for_subject_name(&name).map_err(words)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn managers(json: serde_json::Value) -> Vec<ManagedFieldsEntry> {
+        serde_json::from_value(json).expect("managedFields")
+    }
+
+    #[test]
+    fn the_api_servers_records_say_who_wrote_the_bundle() {
+        const NAME: &str = "a.injector.malha.io";
+        let entry = r#"k:{"name":"a.injector.malha.io"}"#;
+        let others = json!({"manager": "kubectl", "operation": "Update", "fieldsType": "FieldsV1",
+            "fieldsV1": {"f:webhooks": {entry: {"f:clientConfig": {"f:caBundle": {}}}}}});
+        let ours = json!({"manager": FIELD_MANAGER, "operation": "Apply", "fieldsType": "FieldsV1",
+            "fieldsV1": {"f:webhooks": {entry: {"f:clientConfig": {"f:caBundle": {}}, "f:name": {}}}}});
+        let was_ours = json!({"manager": FIELD_MANAGER, "operation": "Apply", "fieldsType": "FieldsV1",
+            "fieldsV1": {"f:webhooks": {entry: {"f:name": {}}}}});
+        for (json, want) in [
+            (json!([]), Record::Fresh),
+            (json!([others]), Record::Fresh),
+            (json!([others, ours]), Record::Ours),
+            (json!([others, was_ours]), Record::Overwritten),
+            (json!([was_ours, ours]), Record::Ours),
+            (json!([{"manager": FIELD_MANAGER}]), Record::Fresh),
+            (
+                json!([{"manager": FIELD_MANAGER, "fieldsV1": "odd"}]),
+                Record::Fresh,
+            ),
+            (
+                json!([{"manager": FIELD_MANAGER, "fieldsV1": {"f:webhooks": [entry]}}]),
+                Record::Fresh,
+            ),
+        ] {
+            assert_eq!(record(NAME, &managers(json.clone())), want, "{json}");
+        }
+        assert_eq!(
+            record("b", &managers(json!([ours]))),
+            Record::Fresh,
+            "another entry"
+        );
+    }
+
+    #[test]
+    fn nothing_that_stands_in_a_bundle_makes_verification_panic() {
+        let now = Timestamp::UNIX_EPOCH;
+        let der = vec![vec![0x30, 0x82, 0xff, 0xff], vec![]];
+        for bundle in [
+            "",
+            "garbage",
+            "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        ] {
+            let entries = [Entry {
+                name: "a".to_owned(),
+                ca_bundle: bundle.into(),
+                record: Record::Fresh,
+            }];
+            for name in ["malha.malha-system.svc", "", "not a name", "127.0.0.1"] {
+                assert!(verifies("c", Some(&entries), &der, name, now).is_err());
+                assert!(verifies("c", Some(&entries), &[], name, now).is_err());
+            }
+        }
+        assert_eq!(
+            verifies("c", None, &der, "a", now),
+            Err(Mismatch::Absent("c".to_owned()))
+        );
+        assert_eq!(
+            verifies("c", Some(&[]), &der, "a", now),
+            Err(Mismatch::Empty("c".to_owned()))
+        );
+    }
+}

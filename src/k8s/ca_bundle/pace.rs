@@ -4,11 +4,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Two writes are at least this far apart.
+/// Drifts are repaired at once as long as there are no more of them than one in this time, on average..
 const APART: Duration = Duration::from_secs(1);
 
+/// ..of which so many may come together.
+const TOGETHER: u32 = 5;
+
 /// Whoever undoes a write sooner than this reacts to it: another controller, not a person or a timer.
-const AT_ONCE: Duration = Duration::from_millis(300);
+const AT_ONCE: Duration = Duration::from_millis(150);
 
 /// So many writes may be undone at once before the pauses grow: a script that applies a file in a loop also hits us right
 /// after a write now and then.
@@ -19,10 +22,9 @@ const LONGEST: Duration = Duration::from_secs(60);
 
 /// When the next write may be.
 ///
-/// A first drift is repaired at once. Drifts that come again, every second or every hour, are repaired within
-/// [`APART`] of the last write each: the object is wrong for at most a second, and the API server sees at most a write a
-/// second. Only somebody who undoes each write in the moment it is made, so that nothing is gained by it, makes the pauses
-/// grow: 1, 1, 1, 2, 4 .. 60 s.
+/// Drifts that come again, every second or every hour, are repaired at once, and the API server sees at most a write a
+/// second: nobody who applies a file by a timer or by hand leaves the object wrong for longer than that. Only somebody who
+/// undoes each write in the moment it is made, so that nothing is gained by it, makes the pauses grow: 1, 2, 4 .. 60 s.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     last: Option<Instant>,
@@ -30,6 +32,8 @@ pub(super) struct Pace {
     failures: u32,
     misses: u32,
     not_before: Option<Instant>,
+    /// When all writes made so far would be paid for at one every [`APART`].
+    paid: Option<Instant>,
 }
 
 impl Pace {
@@ -38,7 +42,7 @@ impl Pace {
         let now = self
             .not_before
             .map_or(now, |not_before| now.max(not_before));
-        let Some(last) = self.last else {
+        let (Some(last), Some(paid)) = (self.last, self.paid) else {
             return now;
         };
         if now.saturating_duration_since(last) < AT_ONCE {
@@ -46,14 +50,18 @@ impl Pace {
         } else {
             self.undone_at_once = 0;
         }
-        let doublings = self.undone_at_once.saturating_sub(PATIENCE).min(6);
-        let pause = (APART * 2_u32.pow(doublings)).min(LONGEST);
-        now.max(last + pause)
+        if self.undone_at_once > PATIENCE {
+            let doublings = (self.undone_at_once - PATIENCE - 1).min(6);
+            return now.max(last + (APART * 2_u32.pow(doublings)).min(LONGEST));
+        }
+        let affordable = paid.checked_sub(APART * (TOGETHER - 1));
+        now.max(affordable.unwrap_or(now))
     }
 
     /// The bundle was written.
     pub(super) fn wrote(&mut self, now: Instant) {
         self.last = Some(now);
+        self.paid = Some(self.paid.map_or(now, |paid| paid.max(now)) + APART);
         self.failures = 0;
         self.misses = 0;
         self.not_before = None;
@@ -104,18 +112,20 @@ mod tests {
     }
 
     #[test]
-    fn drifts_that_keep_coming_are_each_repaired_within_a_second() {
-        assert_eq!(
-            fight(3.0, 200),
-            vec![3.0; 200],
-            "every 3 s: no pause at all"
+    fn drifts_by_the_second_are_repaired_at_once() {
+        assert_eq!(fight(3.0, 200), vec![3.0; 200]);
+        assert_eq!(fight(1.0, 200), vec![1.0; 200]);
+    }
+
+    #[test]
+    fn a_loop_without_pauses_meets_a_write_a_second() {
+        let pauses = fight(0.4, 200);
+        let seconds: f64 = pauses.iter().sum();
+        assert!(
+            (195.0..=200.0).contains(&seconds),
+            "{seconds} s for 200 writes"
         );
-        assert_eq!(
-            fight(0.9, 200),
-            vec![1.0; 200],
-            "a hair under a second: a write a second"
-        );
-        assert_eq!(fight(0.4, 200), vec![1.0; 200]);
+        assert!(pauses.iter().all(|pause| *pause <= 1.0), "{pauses:?}");
     }
 
     #[test]
@@ -123,7 +133,7 @@ mod tests {
         assert_eq!(
             fight(0.01, 12),
             [
-                1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0
+                0.01, 0.01, 0.01, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0
             ]
         );
     }
@@ -138,7 +148,11 @@ mod tests {
         }
         pace.wrote(now);
         let later = now + secs(5.0);
-        assert_eq!(pace.drifted(later), later);
+        assert_eq!(
+            pace.drifted(later),
+            later,
+            "for whoever comes later, the fight is over"
+        );
     }
 
     #[test]
