@@ -5,6 +5,7 @@ use super::{
     annotations::shown,
     capture::Include,
     gates::{self, Candidate, Gate as Asked},
+    judge::Judgement,
     pod::PodView,
     select::{self, LabelSelector, Operator, PodFacts},
 };
@@ -224,7 +225,7 @@ fn notes(
         namespace: &namespace.name,
         oldest_kubelet,
     };
-    let Ok(super::Judgement::First(accepted)) = injector.judge(pod, &call, &mut Vec::new()) else {
+    let Ok(Judgement::First(accepted)) = injector.judge(pod, &call, &mut Vec::new()) else {
         return Vec::new();
     };
     let capture = &accepted.wishes.capture;

@@ -126,7 +126,7 @@ fn of_kind<T>(value: Option<T>) -> Slot<T> {
 pub(super) type Text<'a> = Cow<'a, str>;
 
 impl<'de> Lax<'de> for Text<'de> {
-    fn text(text: Cow<'de, str>) -> Option<Self> {
+    fn text(text: Self) -> Option<Self> {
         Some(text)
     }
 }

@@ -95,7 +95,6 @@ reads! {
         "value" => value: Slot<Text<'a>>,
     }
     struct VolumeMount {
-        "name" => name: Slot<Text<'a>>,
         "mountPath" => path: Slot<Text<'a>>,
     }
 }
@@ -214,6 +213,15 @@ impl<'a> PodView<'a> {
             .filter_map(Slot::present)
             .filter_map(Container::name)
             .collect()
+    }
+
+    /// The pod is done when its containers are; a sidecar among them would keep it for ever.
+    pub(super) fn ends(&self) -> bool {
+        let policy = self
+            .spec
+            .present()
+            .and_then(|spec| spec.restart_policy.text());
+        policy.is_some_and(|policy| policy != "Always")
     }
 
     /// The pod, or something that we would have to write under, is of a type that is no pod's.

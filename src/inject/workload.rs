@@ -55,8 +55,8 @@ fn collect(
 ) {
     let text = |key: &str| object.get(key).and_then(Value::as_str);
     let (Some(api_version), Some(kind)) = (
-        text("apiVersion").or(listed.map(|(api_version, _)| api_version)),
-        text("kind").or(listed.map(|(_, kind)| kind)),
+        text("apiVersion").or_else(|| Some(listed?.0)),
+        text("kind").or_else(|| Some(listed?.1)),
     ) else {
         return;
     };

@@ -1,0 +1,137 @@
+//! Requests, limits and the QoS class.
+
+use super::*;
+
+fn resources(injector: &Injector, pod: &Value) -> Value {
+    proxy(&holds(injector, pod, &call()))["resources"].clone()
+}
+
+fn both(cpu: [&str; 2], memory: [&str; 2]) -> Value {
+    let side = |at: usize| {
+        let amounts = [("cpu", cpu[at]), ("memory", memory[at])];
+        let amounts = amounts.iter().filter(|(_, text)| !text.is_empty());
+        amounts
+            .map(|(key, text)| ((*key).to_owned(), json!(text)))
+            .collect()
+    };
+    normal(&json!({"requests": Value::Object(side(0)), "limits": Value::Object(side(1))}))
+}
+
+#[test]
+fn each_value_is_merged_by_itself() {
+    let memory = ["128Mi", "1Gi"];
+    let cases = [
+        (&[][..], both(["100m", "2"], memory)),
+        (&[("proxyCPU", "200m")], both(["200m", "2"], memory)),
+        (&[("proxyCPU", "3")], both(["3", "3"], memory)),
+        (&[("proxyCPULimit", "50m")], both(["50m", "50m"], memory)),
+        (&[("proxyCPULimit", "4")], both(["100m", "4"], memory)),
+        (&[("proxyCPULimit", "0")], both(["100m", ""], memory)),
+        (
+            &[("proxyCPU", "5"), ("proxyCPULimit", "0")],
+            both(["5", ""], memory),
+        ),
+        (&[("proxyCPU", "0")], both(["0", "2"], memory)),
+        (
+            &[("proxyCPU", "1000m"), ("proxyCPULimit", "1")],
+            both(["1000m", "1"], memory),
+        ),
+        (
+            &[("proxyMemory", "2Gi"), ("proxyMemoryLimit", "3Gi")],
+            both(["100m", "2"], ["2Gi", "3Gi"]),
+        ),
+    ];
+    for (annotations, wanted) in cases {
+        let keys: Vec<_> = annotations
+            .iter()
+            .map(|(key, value)| (format!("sidecar.istio.io/{key}"), *value))
+            .collect();
+        let pairs: Vec<_> = keys
+            .iter()
+            .map(|(key, value)| (key.as_str(), *value))
+            .collect();
+        assert_eq!(
+            resources(&Injector::default(), &annotated(&pairs)),
+            wanted,
+            "{annotations:?}"
+        );
+    }
+    let contradiction = [
+        ("sidecar.istio.io/proxyCPU", "2"),
+        ("sidecar.istio.io/proxyCPULimit", "1"),
+    ];
+    let (reason, message) = message(&Injector::default(), &annotated(&contradiction));
+    assert_eq!(reason, Reason::InvalidAnnotation);
+    assert!(
+        message.contains("proxyCPU") && message.contains("\"2\"") && message.contains('1'),
+        "{message}"
+    );
+}
+
+fn guaranteed() -> Value {
+    pod_with(
+        "/spec/containers/0/resources",
+        json!({"limits": {"cpu": 1, "memory": "1Gi"}, "requests": {"cpu": "1000m"}}),
+    )
+}
+
+#[test]
+fn a_guaranteed_pod_stays_guaranteed() {
+    let injected = holds(&Injector::default(), &guaranteed(), &call());
+    assert_eq!(
+        proxy(&injected)["resources"],
+        both(["500m", "500m"], ["256Mi", "256Mi"])
+    );
+    assert_eq!(
+        init(&injected)["resources"],
+        both(["100m", "100m"], ["64Mi", "64Mi"])
+    );
+    let mut asked = guaranteed();
+    put(
+        &mut asked,
+        "/metadata/annotations",
+        json!({"sidecar.istio.io/proxyCPU": "1", "sidecar.istio.io/proxyMemoryLimit": "1Gi"}),
+    );
+    assert_eq!(
+        resources(&Injector::default(), &asked),
+        both(["1", "1"], ["1Gi", "1Gi"])
+    );
+}
+
+#[test]
+fn a_best_effort_pod_stays_so_only_without_defaults() {
+    let none =
+        "proxy: {resources: {requests: {cpu: '', memory: ''}, limits: {cpu: '', memory: ''}}}";
+    let injected = holds(&with(none), &pod(), &call());
+    assert_eq!(proxy(&injected)["resources"], json!({}));
+    assert_eq!(init(&injected)["resources"], json!({}));
+}
+
+#[test]
+fn the_pods_own_resources_make_room() {
+    let own = json!({"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"cpu": "1500m", "hugepages-2Mi": "2Mi"}});
+    let pod = pod_with("/spec/resources", own);
+    let injected = holds(&Injector::default(), &pod, &call());
+    let padded = json!({"requests": {"cpu": "1100m", "memory": "1152Mi"}, "limits": {"cpu": "3500m", "hugepages-2Mi": "2Mi"}});
+    assert_eq!(injected["spec"]["resources"], padded);
+    let garbage = pod_with(
+        "/spec/resources",
+        json!({"requests": {"cpu": "lots", "memory": null}}),
+    );
+    assert_eq!(
+        holds(&Injector::default(), &garbage, &call())["spec"]["resources"],
+        garbage["spec"]["resources"]
+    );
+}
+
+#[test]
+fn a_guaranteed_pod_by_its_own_resources_stays_so() {
+    let pod = pod_with(
+        "/spec/resources",
+        json!({"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "1Gi"}}),
+    );
+    let injected = holds(&Injector::default(), &pod, &call());
+    let own = &injected["spec"]["resources"];
+    assert_eq!(own["requests"], own["limits"]);
+    assert_eq!(own["limits"], json!({"cpu": "1500m", "memory": "1280Mi"}));
+}
