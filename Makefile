@@ -86,7 +86,7 @@ golden: needs-rust ## Write the golden files anew; read the difference like code
 
 .PHONY: bench manifests clean
 bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>
-	$(CARGO) bench --locked $(ARGS)
+	$(CARGO) bench --locked --bench figures -- $(ARGS)
 
 manifests: ## Print what `kubectl apply -k manifests/base` applies
 	@command -v kubectl >/dev/null 2>&1 || { echo "make: kubectl is needed: https://kubernetes.io/docs/tasks/tools" >&2; exit 1; }

@@ -6,8 +6,10 @@
 use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
+use jiff::Timestamp;
 
 use super::{Exit, Failure};
+use crate::ca::Validity;
 
 /// Standard output and standard error, with the terminal's manners.
 #[derive(Debug)]
@@ -90,6 +92,64 @@ pub(super) fn paint(style: Style, text: &str) -> String {
     format!("{style}{text}{style:#}")
 }
 
+/// Rows as columns, the first row being the head: no borders, three spaces between, nothing at the end of a line.
+pub(super) fn table(rows: &[Vec<String>]) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 3));
+    }
+    table.trim_fmt() + "\n"
+}
+
+/// What is left of a certificate's life: `29 d 3 h`, `expired 2 h 5 min ago`.
+pub(super) fn time_left(validity: Validity, now: Timestamp) -> String {
+    let Validity {
+        not_before,
+        not_after,
+    } = validity;
+    if now < not_before {
+        format!("begins in {}", span(now, not_before))
+    } else if now > not_after {
+        format!("expired {} ago", span(not_after, now))
+    } else {
+        span(now, not_after)
+    }
+}
+
+/// The time between two instants in its two largest units.
+pub(super) fn span(from: Timestamp, to: Timestamp) -> String {
+    let seconds = to.duration_since(from).as_secs().unsigned_abs();
+    let units = [
+        (365 * 86_400, "y"),
+        (86_400, "d"),
+        (3_600, "h"),
+        (60, "min"),
+        (1, "s"),
+    ];
+    let mut rest = seconds;
+    let parts: Vec<_> = units
+        .iter()
+        .map(|(size, unit)| {
+            let count = rest / size;
+            rest %= size;
+            (count, unit)
+        })
+        .skip_while(|(count, _)| *count == 0)
+        .take(2)
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, unit)| format!("{count} {unit}"))
+        .collect();
+    if parts.is_empty() {
+        "0 s".to_owned()
+    } else {
+        parts.join(" ")
+    }
+}
+
 /// The first of these three that is set and not empty decides (POSIX locale order).
 fn locale_is_utf8(variable: impl Fn(&str) -> Option<String>) -> bool {
     ["LC_ALL", "LC_CTYPE", "LANG"]
@@ -104,7 +164,35 @@ fn locale_is_utf8(variable: impl Fn(&str) -> Option<String>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::locale_is_utf8;
+    use jiff::Timestamp;
+
+    use super::{locale_is_utf8, span, table};
+
+    #[test]
+    fn spans_are_told_in_their_two_largest_units() {
+        let from = Timestamp::UNIX_EPOCH;
+        for (seconds, want) in [
+            (0, "0 s"),
+            (59, "59 s"),
+            (60, "1 min"),
+            (3_661, "1 h 1 min"),
+            (86_399, "23 h 59 min"),
+            (86_400, "1 d"),
+            (90_061, "1 d 1 h"),
+            (5 * 365 * 86_400, "5 y"),
+            (366 * 86_400, "1 y 1 d"),
+        ] {
+            let to = Timestamp::from_second(seconds).expect("in range");
+            assert_eq!(span(from, to), want);
+        }
+    }
+
+    #[test]
+    fn tables_have_no_borders_and_no_blanks_at_the_end_of_a_line() {
+        let rows = [["NAME", "LEFT"], ["a", "1 h"], ["longer", ""]]
+            .map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(table(&rows), "NAME     LEFT\na        1 h\nlonger\n");
+    }
 
     #[test]
     fn the_first_locale_variable_that_is_set_decides() {
