@@ -12,6 +12,7 @@ mod documents;
 mod exit;
 mod explain;
 mod inject;
+mod mesh;
 mod serve;
 mod terminal;
 mod token;

@@ -281,6 +281,11 @@ fn parse_yaml(chunk: yaml::Chunk<'_>, file: &str) -> anyhow::Result<Option<Docum
 }
 
 impl Document {
+    /// What is wrong with this document, with its place.
+    pub(super) fn fault(&self, fault: impl Into<anyhow::Error>) -> anyhow::Error {
+        fault.into().context(self.origin.to_string())
+    }
+
     fn new(origin: Origin, value: Value, text: Option<String>) -> anyhow::Result<Self> {
         let field = |name: &str| {
             value

@@ -1,0 +1,168 @@
+//! What the offline verbs take the mesh to be: the injector's settings, and the namespaces.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use anyhow::{Context as _, anyhow};
+use serde_json::Value;
+
+use super::{Exit, Failure, documents::Document, exit::OrExit as _};
+use crate::inject::{
+    InjectSettings, Injector, NamespaceFacts,
+    workload::{self, Surroundings},
+};
+
+/// Flags about the mesh.
+#[derive(Debug, clap::Args)]
+pub(super) struct MeshArgs {
+    /// The namespace of objects that say none.
+    #[arg(short, long, value_name = "NAME", default_value = "default")]
+    namespace: String,
+    /// Labels of the namespaces that are not among the input, such as istio-injection=enabled (the default),
+    /// istio.io/rev=default, or "" for none.
+    #[arg(long, value_name = "KEY=VALUE,..", value_parser = parse_labels)]
+    namespace_labels: Option<Labels>,
+    /// YAML that overrides the defaults of what is injected: the key injector.yaml of ConfigMap malha-config.
+    #[arg(long, value_name = "FILE", env = "MALHA_INJECTOR_CONFIG")]
+    injector_config: Option<PathBuf>,
+    /// The oldest kubelet of the cluster; from 1.33 on, and when not given, sidecars are native.
+    #[arg(long, value_name = "1.MINOR", value_parser = parse_kubelet)]
+    oldest_kubelet: Option<u32>,
+}
+
+type Labels = BTreeMap<String, String>;
+
+impl MeshArgs {
+    /// The injector with the operator's settings.
+    pub(super) fn injector(&self) -> Result<Injector, Failure> {
+        let settings = match &self.injector_config {
+            None => InjectSettings::embedded(),
+            Some(path) => {
+                let name = path.display();
+                fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {name}"))
+                    .and_then(|text| {
+                        InjectSettings::merged(&text).with_context(|| name.to_string())
+                    })
+                    .or_exit(Exit::BadInput)?
+            }
+        };
+        Ok(Injector::new(settings))
+    }
+
+    /// The namespaces of all templates in `documents`: as the documents say, else as the flag says, else selected.
+    pub(super) fn surroundings(&self, documents: &[Document]) -> Result<Surroundings, Failure> {
+        let mut namespaces = Vec::new();
+        for document in documents {
+            namespaces_in(&document.value, &mut namespaces)
+                .map_err(|fault| document.fault(fault))
+                .or_exit(Exit::BadInput)?;
+        }
+        if let Some(labels) = &self.namespace_labels {
+            for template in documents
+                .iter()
+                .flat_map(|document| workload::templates(&document.value))
+            {
+                let name = template.namespace.unwrap_or_else(|| self.namespace.clone());
+                if !namespaces
+                    .iter()
+                    .any(|known: &NamespaceFacts| known.name == name)
+                {
+                    namespaces.push(NamespaceFacts {
+                        name,
+                        labels: labels.clone(),
+                    });
+                }
+            }
+        }
+        Ok(Surroundings {
+            namespaces,
+            default_namespace: self.namespace.clone(),
+            oldest_kubelet: self.oldest_kubelet,
+        })
+    }
+}
+
+/// The Namespaces in a document, which may be a List.
+fn namespaces_in(object: &Value, found: &mut Vec<NamespaceFacts>) -> anyhow::Result<()> {
+    match object["kind"].as_str() {
+        Some("List" | "NamespaceList") => {
+            for item in object["items"].as_array().into_iter().flatten() {
+                namespaces_in(item, found)?;
+            }
+        }
+        Some("Namespace") => found.push(namespace_facts(object)?),
+        _ => {}
+    }
+    Ok(())
+}
+
+fn namespace_facts(object: &Value) -> anyhow::Result<NamespaceFacts> {
+    let name = object["metadata"]["name"]
+        .as_str()
+        .context("a Namespace without metadata.name")?;
+    let mut labels = Labels::new();
+    match &object["metadata"]["labels"] {
+        Value::Null => {}
+        Value::Object(entries) => {
+            for (key, value) in entries {
+                let value = value.as_str().with_context(|| {
+                    format!("Namespace {name}: label {key} is {value}, not text; quote it")
+                })?;
+                labels.insert(key.clone(), value.to_owned());
+            }
+        }
+        _ => return Err(anyhow!("Namespace {name}: metadata.labels is not a map")),
+    }
+    Ok(NamespaceFacts {
+        name: name.to_owned(),
+        labels,
+    })
+}
+
+fn parse_labels(text: &str) -> Result<Labels, String> {
+    text.split(',')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| match pair.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+            _ => Err(format!("{pair:?} is not KEY=VALUE")),
+        })
+        .collect()
+}
+
+/// `1.33`, `v1.33.2`: the minor.
+fn parse_kubelet(text: &str) -> Result<u32, String> {
+    let wrong = || format!("{text:?} is not a version such as 1.33");
+    let rest = text
+        .strip_prefix('v')
+        .unwrap_or(text)
+        .strip_prefix("1.")
+        .ok_or_else(wrong)?;
+    let minor = rest.split('.').next().unwrap_or_default();
+    minor.parse().map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_pairs() {
+        let labels = parse_labels("istio-injection=enabled,istio.io/rev=").expect("pairs");
+        assert_eq!(labels.len(), 2);
+        assert_eq!(labels["istio.io/rev"], "");
+        assert_eq!(parse_labels(""), Ok(Labels::new()));
+        for wrong in ["a", "=b", "a=b,c"] {
+            assert!(parse_labels(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn kubelets_are_told_by_their_minor() {
+        for (text, minor) in [("1.33", 33), ("v1.29.4", 29), ("1.30.0-gke.1", 30)] {
+            assert_eq!(parse_kubelet(text), Ok(minor));
+        }
+        for wrong in ["", "33", "2.1", "1.x", "1."] {
+            assert!(parse_kubelet(wrong).is_err(), "{wrong}");
+        }
+    }
+}
