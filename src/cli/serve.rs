@@ -51,12 +51,14 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
         .context("cannot forbid core dumps, which would hold private keys")
         .or_exit(Exit::Internal)?;
     log_effective(&layers);
-    tokio::runtime::Builder::new_multi_thread()
+    let ended = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the async runtime")
         .or_exit(Exit::Internal)?
-        .block_on(serve(args, settings, terminal))
+        .block_on(serve(args, settings, terminal));
+    telemetry::flush();
+    ended
 }
 
 async fn serve(args: Args, settings: Settings, terminal: &mut Terminal) -> Result<Exit, Failure> {
@@ -78,7 +80,10 @@ async fn serve(args: Args, settings: Settings, terminal: &mut Terminal) -> Resul
     };
     tokio::select! {
         ended = plane => ended.map(|()| Exit::Done),
-        second = shutdown.second() => std::process::exit(second.exit_code().into()),
+        second = shutdown.second() => {
+            telemetry::flush();
+            std::process::exit(second.exit_code().into())
+        }
     }
 }
 
