@@ -7,6 +7,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use aws_lc_rs::rand;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -19,9 +20,11 @@ use crate::ca::{
 /// Writes the records of one process, each as one JSON text on the tracing target `audit`.
 ///
 /// Each record holds the hash of the one before it, so a line that was taken out, put in or changed shows
-/// ([`verify_chain`]). The first of a process points to nothing; the name of the process tells chains apart.
+/// ([`verify_chain`]). The first of a process points to nothing; its random `run` tells its chain from those of other
+/// processes, and from the one that it was before a restart.
 pub struct Audit {
     replica: String,
+    run: String,
     /// Held while a record is written, so that the log has them in the order of their chain.
     chain: Mutex<Chain>,
     names: RandomState,
@@ -50,11 +53,14 @@ pub(super) enum Act<'a> {
 }
 
 impl Audit {
-    /// A chain of its own. `replica` must differ between any two processes, also between a process and the one it was
-    /// before a restart (a pod's name and the time of its start will do).
+    /// A chain of its own. `replica` is for the reader: a pod's name, say.
     pub fn new(replica: String) -> Self {
+        let mut run = [0; 8];
+        // without randomness nothing is signed either, and what is refused may share a chain's name
+        let _ = rand::fill(&mut run);
         Self {
             replica,
+            run: hex(&run),
             chain: Mutex::default(),
             names: RandomState::new(),
         }
@@ -71,8 +77,9 @@ impl Audit {
         let mut record = Record {
             time: now.to_string(),
             replica: &self.replica,
+            run: &self.run,
             peer: peer.map(|peer| peer.to_string()),
-            csr_sha256: csr.map(hex),
+            csr_sha256: csr.map(|hash| hex(hash)),
             ..Record::default()
         };
         record.called_by(caller);
@@ -111,6 +118,7 @@ impl Chain {
 struct Record<'a> {
     time: String,
     replica: &'a str,
+    run: &'a str,
     sequence: u64,
     result: &'static str,
     code: &'static str,
@@ -198,8 +206,8 @@ impl<'a> Record<'a> {
     }
 }
 
-fn hex(hash: &[u8; 32]) -> String {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Checks records (one JSON text a line, of any number of processes) against their hashes, and says how many there are.
@@ -211,20 +219,22 @@ pub fn verify_chain<'a>(lines: impl IntoIterator<Item = &'a str>) -> Result<usiz
     #[derive(Deserialize)]
     struct Link {
         replica: String,
+        run: String,
         sequence: u64,
         previous: String,
     }
-    let mut last: HashMap<String, (u64, String)> = HashMap::new();
+    let mut last: HashMap<(String, String), (u64, String)> = HashMap::new();
     let mut count = 0;
     for (at, line) in lines.into_iter().enumerate() {
         let at = at + 1;
         let Link {
             replica,
+            run,
             sequence,
             previous,
         } = serde_json::from_str(line).map_err(|_| AuditError::NotARecord(at))?;
         let next = (sequence + 1, hex(&sha256(line)));
-        match last.insert(replica.clone(), next) {
+        match last.insert((replica.clone(), run), next) {
             Some(expected) if expected != (sequence, previous) => {
                 return Err(AuditError::Broken {
                     line: at,
@@ -326,8 +336,10 @@ mod tests {
     #[test]
     fn a_refusal_is_one_line_whatever_the_stranger_wrote() {
         let lines = refusals("malha-0", 1);
+        let (before, after) = lines[0].split_once("\"run\":\"").unwrap();
+        let without_run = format!("{before}{}", &after[18..]);
         assert_eq!(
-            lines,
+            [without_run],
             [
                 r#"{"time":"2026-11-22T10:00:00Z","replica":"malha-0","sequence":0,"result":"denied","code":"TokenInvalid","detail":"the token is not acceptable: \"\n{ 0","peer":"10.0.0.7:4711","previous":""}"#
             ]
@@ -374,6 +386,8 @@ mod tests {
         {
             lines.extend([a, b]);
         }
-        assert_eq!(verify(&lines), Ok(6));
+        // and one of them was restarted
+        lines.extend(refusals("malha-0", 3));
+        assert_eq!(verify(&lines), Ok(9));
     }
 }

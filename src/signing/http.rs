@@ -26,8 +26,8 @@ use crate::ca::{
     pem,
 };
 
-/// How long a body may take. A CSR fits into two packets.
-const BODY_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a body may take. A CSR fits into two packets, and its sender holds a place in the queue meanwhile.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The two resources; everything else is 404 or 405, also as a problem.
 pub fn router<A: Authenticate>(signing: Arc<Signing<A>>) -> Router {
