@@ -41,6 +41,9 @@ pub(super) struct Line<'a> {
 /// Lines a second about requests that are no reviews: whoever sends garbage must not fill the disk with it.
 const REFUSALS_A_SECOND: u32 = 10;
 
+/// The room, not the file, is what a filter names.
+const LOG: &str = "malha::webhook";
+
 static REFUSALS: Throttle = Throttle::new(REFUSALS_A_SECOND);
 
 impl Line<'_> {
@@ -57,15 +60,15 @@ impl Line<'_> {
         let detail = self.message.map(excerpt).map(display);
         match reason {
             Reason::Internal => {
-                tracing::error!(%reason, detail, %namespace, %name, %uid, dry_run, took_us, "admission failed");
+                tracing::error!(target: LOG, %reason, detail, %namespace, %name, %uid, dry_run, took_us, "admission failed");
             }
             Reason::BadRequest | Reason::Overloaded => {
                 if let Some(silenced) = REFUSALS.grant(Instant::now()) {
-                    tracing::warn!(%reason, detail, %namespace, %name, %uid, took_us, silenced, "request refused");
+                    tracing::warn!(target: LOG, %reason, detail, %namespace, %name, %uid, took_us, silenced, "request refused");
                 }
             }
             _ => {
-                tracing::info!(%reason, detail, %namespace, %name, %uid, dry_run, took_us, "admission");
+                tracing::info!(target: LOG, %reason, detail, %namespace, %name, %uid, dry_run, took_us, "admission");
             }
         }
     }
@@ -82,7 +85,8 @@ fn excerpt(text: &str) -> String {
             line.push('…');
             break;
         }
-        if char.is_control() {
+        // Controls, and what some viewers take for the end of a line.
+        if char.is_control() || matches!(char, '\u{2028}' | '\u{2029}') {
             let _ = write!(line, "{}", char.escape_default());
         } else {
             line.push(char);

@@ -8,6 +8,7 @@ mod pods;
 mod pods_are_odd;
 mod manifests;
 mod rooms;
+mod runtime;
 mod signing;
 mod standalone;
 mod support;
