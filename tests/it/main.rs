@@ -3,10 +3,11 @@
 #[path = "../support/dice.rs"]
 mod dice;
 mod inject_golden;
+mod inject_properties;
+mod manifests;
 #[path = "../support/pods.rs"]
 mod pods;
 mod pods_are_odd;
-mod manifests;
 mod rooms;
 mod runtime;
 mod signing;

@@ -461,7 +461,7 @@ impl Maker {
             (
                 20,
                 "prometheus.io/path",
-                &["/metrics", "/m?a=b&c=\"d\"", ""],
+                &["/metrics", "/m?a=b&c=\"d\"", "/$(POD_NAME)/$$", ""],
             ),
             (10, "prometheus.io/scheme", &["http", "https"]),
         ] {
@@ -909,6 +909,7 @@ impl Maker {
                 "/healthz",
                 "/ready?full=\"1\"&x={{y}}",
                 "/ż/漢",
+                "/$(HOME)$$",
                 "relative",
                 "/a%20b"
             ]));
