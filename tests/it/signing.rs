@@ -496,8 +496,9 @@ async fn a_csr_gives_a_key_and_nothing_else() {
     let p384 = key("p384", "EC", &["ec_paramgen_curve:P-384"]);
     let rsa4096 = key("rsa4096", "RSA", &["rsa_keygen_bits:4096"]);
     let foreign = "subjectAltName=URI:spiffe://cluster.local/ns/kube-system/sa/admin,DNS:malha.malha-system.svc,IP:10.0.0.1,email:a@b.c";
+    let plain = String::from_utf8(csr(p256(), &[])).unwrap();
     let cases: &[(&str, Vec<u8>, &str)] = &[
-        ("plain", csr(p256(), &[]), SIGNS),
+        ("plain", plain.clone().into(), SIGNS),
         ("P-384", csr(&p384, &[]), SIGNS),
         (
             "RSA 2048",
@@ -560,6 +561,14 @@ async fn a_csr_gives_a_key_and_nothing_else() {
             SIGNS,
         ),
         ("the old label", csr(p256(), &["-newhdr"]), SIGNS),
+        ("words before it", csr(p256(), &["-text"]), SIGNS),
+        (
+            "lines of Windows",
+            plain.replace('\n', "\r\n").into(),
+            SIGNS,
+        ),
+        ("no last newline", plain.trim_end().into(), SIGNS),
+        ("blanks after it", format!("{plain}\n \n").into(), SIGNS),
     ];
     for (case, csr, usage) in cases {
         let answer = scene.ask(csr).await;
@@ -574,7 +583,7 @@ async fn a_csr_gives_a_key_and_nothing_else() {
     }
     let metrics = scene.metrics();
     assert!(
-        metrics.contains(r#"malha_ca_csr_total{result="issued",reason="New"} 13"#),
+        metrics.contains(r#"malha_ca_csr_total{result="issued",reason="New"} 17"#),
         "{metrics}"
     );
     assert!(
@@ -582,7 +591,7 @@ async fn a_csr_gives_a_key_and_nothing_else() {
         "{metrics}"
     );
     assert!(
-        metrics.contains("malha_ca_issue_duration_seconds_count 13"),
+        metrics.contains("malha_ca_issue_duration_seconds_count 17"),
         "{metrics}"
     );
     assert!(metrics.contains("malha_ca_queue_entries 0"), "{metrics}");
