@@ -7,5 +7,6 @@ mod lease;
 mod manifests;
 mod rig;
 mod rig_holds;
+mod signing;
 mod tokens;
 mod world;
