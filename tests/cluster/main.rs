@@ -5,6 +5,7 @@ mod ca_bundle;
 mod journal;
 mod lease;
 mod manifests;
+mod pods;
 mod rig;
 mod rig_holds;
 mod signing;
