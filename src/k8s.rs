@@ -131,8 +131,8 @@ pub enum ApiError {
     #[error("{}", brief(.0))]
     Refused(#[source] kube::Error),
     /// No answer in time.
-    #[error("the API server did not answer within {} s", PATIENCE.as_secs())]
-    Silent,
+    #[error("the API server did not answer within {} s", .0.as_secs())]
+    Silent(Duration),
 }
 
 impl ApiError {
@@ -140,16 +140,23 @@ impl ApiError {
     fn code(&self) -> Option<u16> {
         match self {
             Self::Refused(kube::Error::Api(status)) => Some(status.code),
-            Self::Refused(_) | Self::Silent => None,
+            Self::Refused(_) | Self::Silent(_) => None,
         }
     }
 }
 
 /// One question to the API server, with a bound on the wait: the client itself has none.
 async fn ask<T>(question: impl Future<Output = kube::Result<T>>) -> Result<T, ApiError> {
-    match tokio::time::timeout(PATIENCE, question).await {
+    ask_within(PATIENCE, question).await
+}
+
+async fn ask_within<T>(
+    patience: Duration,
+    question: impl Future<Output = kube::Result<T>>,
+) -> Result<T, ApiError> {
+    match tokio::time::timeout(patience, question).await {
         Ok(answer) => answer.map_err(ApiError::Refused),
-        Err(_) => Err(ApiError::Silent),
+        Err(_) => Err(ApiError::Silent(patience)),
     }
 }
 

@@ -56,6 +56,9 @@ use super::{
 };
 use crate::ca::bundle::Bundle;
 
+/// How far a watch may lag behind our own write.
+const MOMENT: Duration = Duration::from_secs(5);
+
 /// The webhook configurations whose entries carry our bundle.
 #[derive(Clone, Debug)]
 pub struct Targets {
@@ -236,8 +239,8 @@ struct Writer<K, T, P> {
     metrics: Metrics,
     publish: P,
     pace: Pace,
-    /// The version our last write made: what the watch still tells of earlier ones is the past.
-    written: Option<u64>,
+    /// The version our last write made, and when.
+    written: Option<(u64, Instant)>,
 }
 
 impl<K, T, P> Writer<K, T, P>
@@ -260,19 +263,13 @@ where
         let mut due: Option<Instant> = None;
         loop {
             tokio::select! {
-                seen = follow.next() => match seen {
-                    Ok(seen) => {
-                        if self.is_past(seen.as_ref()) {
-                            continue;
-                        }
-                        self.publish(seen.as_ref());
-                        current = seen;
-                    }
-                    Err(error) => {
-                        warn!(webhook = self.name, %error, "cannot follow the webhook configuration, trying again");
+                seen = follow.next() => {
+                    if self.is_past(seen.as_ref()) {
                         continue;
                     }
-                },
+                    self.publish(seen.as_ref());
+                    current = seen;
+                }
                 Ok(()) = leading.changed() => {}
                 Ok(()) = wanted.changed() => {}
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
@@ -294,11 +291,11 @@ where
         }
     }
 
-    /// Whether an event tells of a version before the one that our own write made.
+    /// Whether an event tells of a version before the one that our own write made a moment ago. Only a moment: an API
+    /// server that was restored from a backup counts its versions from an earlier one on.
     fn is_past(&self, seen: Option<&K>) -> bool {
-        let version = seen.and_then(version);
-        match (self.written, version) {
-            (Some(written), Some(version)) => version < written,
+        match (self.written, seen.and_then(version)) {
+            (Some((written, at)), Some(seen)) => seen < written && at.elapsed() < MOMENT,
             _ => false,
         }
     }
@@ -354,7 +351,7 @@ where
         match ask(self.api.patch(&self.name, &params, &Patch::Apply(&patch))).await {
             Ok(written) => {
                 self.pace.wrote(Instant::now());
-                self.written = version(&written);
+                self.written = version(&written).map(|version| (version, Instant::now()));
                 self.tell(object, drift);
                 Outcome::Wrote(Box::new(written))
             }

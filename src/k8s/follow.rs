@@ -13,6 +13,7 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{debug, info, warn};
 
 use super::{ApiError, Pauses, WATCH_SECONDS, ask, dice};
 
@@ -23,6 +24,7 @@ pub(super) struct Follow<K> {
     state: State<K>,
     not_before: Instant,
     pauses: Pauses,
+    failing: bool,
 }
 
 enum State<K> {
@@ -38,7 +40,7 @@ enum State<K> {
 
 impl<K> Follow<K>
 where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     pub(super) fn new(api: Api<K>, name: &str) -> Self {
         Self {
@@ -47,12 +49,13 @@ where
             state: State::Read,
             not_before: Instant::now(),
             pauses: Pauses::new(Duration::from_millis(200), Duration::from_secs(5)),
+            failing: false,
         }
     }
 
-    /// The object's content each time it was read or changed; `None` where there is none. An error is told and then
-    /// recovered from by the next call, after a pause.
-    pub(super) async fn next(&mut self) -> Result<Option<K>, ApiError> {
+    /// The object's content each time it was read or changed; `None` where there is none. An API server that cannot be
+    /// asked is waited for: what was told last stays the last word.
+    pub(super) async fn next(&mut self) -> Option<K> {
         loop {
             sleep_until(self.not_before).await;
             let result = match &mut self.state {
@@ -66,14 +69,10 @@ where
             match result {
                 Ok(None) => {}
                 Ok(Some(content)) => {
-                    self.pauses.reset();
-                    return Ok(content);
+                    self.recovered();
+                    return content;
                 }
-                Err(error) => {
-                    self.state = State::Read;
-                    self.not_before = Instant::now() + self.pauses.after_failure(dice());
-                    return Err(error);
-                }
+                Err(error) => self.failed(&error),
             }
         }
     }
@@ -124,6 +123,26 @@ where
                 self.state = State::Read;
                 Ok(None)
             }
+        }
+    }
+
+    /// One line for an outage, however long it lasts.
+    fn failed(&mut self, error: &ApiError) {
+        self.state = State::Read;
+        let pause = self.pauses.after_failure(dice());
+        self.not_before = Instant::now() + pause;
+        let (kind, name) = (K::kind(&()), &self.name);
+        if std::mem::replace(&mut self.failing, true) {
+            debug!(%kind, name, %error, ?pause, "still cannot be followed");
+        } else {
+            warn!(%kind, name, %error, "cannot be followed now; what was last seen stays in force");
+        }
+    }
+
+    fn recovered(&mut self) {
+        self.pauses.reset();
+        if std::mem::take(&mut self.failing) {
+            info!(kind = %K::kind(&()), name = self.name, "is followed again");
         }
     }
 }

@@ -15,11 +15,10 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client,
-    api::{ObjectMeta, PostParams},
+    api::{ObjectMeta, PartialObjectMeta, PostParams},
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{ApiError, ask, follow::Follow};
@@ -47,6 +46,8 @@ pub struct Traces {
 #[derive(Clone, Debug)]
 pub struct SecretHome {
     secrets: Api<Secret>,
+    /// The same without its content: who only listens for a change needs no keys in memory.
+    metadata: Api<PartialObjectMeta<Secret>>,
     config_maps: Api<ConfigMap>,
     webhooks: Api<MutatingWebhookConfiguration>,
     name: String,
@@ -59,6 +60,7 @@ impl SecretHome {
     pub fn new(client: Client, namespace: &str, name: &str, traces: Traces) -> Self {
         Self {
             secrets: Api::namespaced(client.clone(), namespace),
+            metadata: Api::namespaced(client.clone(), namespace),
             config_maps: Api::namespaced(client.clone(), namespace),
             webhooks: Api::all(client),
             name: name.to_owned(),
@@ -77,12 +79,11 @@ impl SecretHome {
         impl Future<Output = ()> + Send + use<>,
     ) {
         let (tell, told) = watch::channel(None);
-        let follow = Follow::new(self.secrets.clone(), &self.name);
-        let title = self.title.clone();
+        let follow = Follow::new(self.metadata.clone(), &self.name);
         (told, async move {
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = listen(follow, title, tell) => {}
+                () = listen(follow, tell) => {}
             }
         })
     }
@@ -224,22 +225,18 @@ fn wipe(secret: &mut Secret) {
     }
 }
 
-async fn listen(mut follow: Follow<Secret>, title: String, tell: watch::Sender<Option<String>>) {
+async fn listen(
+    mut follow: Follow<PartialObjectMeta<Secret>>,
+    tell: watch::Sender<Option<String>>,
+) {
     loop {
-        match follow.next().await {
-            Ok(mut secret) => {
-                secret.iter_mut().for_each(wipe);
-                let version = secret.and_then(|secret| secret.metadata.resource_version);
-                tell.send_if_modified(|told| {
-                    let changed = *told != version;
-                    *told = version;
-                    changed
-                });
-            }
-            Err(error) => {
-                warn!(secret = title, %error, "cannot listen to the CA's journal, trying again")
-            }
-        }
+        let secret = follow.next().await;
+        let version = secret.and_then(|secret| secret.metadata.resource_version);
+        tell.send_if_modified(|told| {
+            let changed = *told != version;
+            *told = version;
+            changed
+        });
     }
 }
 

@@ -29,12 +29,12 @@ use prometheus_client::{
 };
 use tokio::{
     sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{ApiError, dice};
+use super::{ApiError, ask_within, dice};
 use crate::clock::Clock;
 
 /// How long a Lease stands after its last renewal before another replica may take it.
@@ -384,10 +384,7 @@ fn claim(spec: &mut LeaseSpec, identity: &str, now: Timestamp) {
 }
 
 async fn within<T>(question: impl Future<Output = kube::Result<T>>) -> Result<T, ApiError> {
-    match timeout(PATIENCE, question).await {
-        Ok(answer) => answer.map_err(ApiError::Refused),
-        Err(_) => Err(ApiError::Silent),
-    }
+    ask_within(PATIENCE, question).await
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use self::{budget::Budget, keys::Keys};
-use super::{ask, world::World};
+use super::{ask_within, world::World};
 use crate::{
     ca::caller::{
         Authenticate, Caller, CallerError, Denial, Liveness, MAX_TOKEN, PodFact, TokenPolicy, bind,
@@ -38,6 +38,9 @@ const STALE_AFTER: Duration = Duration::from_secs(30);
 /// How long callers are still authenticated by what was last known while the API server is silent. No replica can have
 /// retired an authority within that time, for its draining lasts longer.
 const STALE_GRACE: Duration = Duration::from_secs(24 * 3600);
+
+/// How long one question about a token may take: whoever sent it waits, and gives up after some 10 s.
+const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Who checks tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -175,7 +178,8 @@ impl ClusterTokens {
             ..TokenReview::default()
         };
         let reviews: Api<TokenReview> = Api::all(self.client.clone());
-        let answer = ask(reviews.create(&PostParams::default(), &question)).await;
+        let params = PostParams::default();
+        let answer = ask_within(PATIENCE, reviews.create(&params, &question)).await;
         let answer = answer.map_err(|error| unavailable(error.to_string()))?;
         let status = answer.status.unwrap_or_default();
         review(&status, &self.policy(""), &self.options.trust_domain)

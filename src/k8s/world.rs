@@ -228,19 +228,27 @@ impl World {
         pin_mut!(events);
         let mut pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(10));
         let mut listing = kept.begin();
+        let mut failing = false;
         while let Some(event) = events.next().await {
             match event {
                 Ok(event) => {
                     self.hear();
                     pauses.reset();
+                    if std::mem::take(&mut failing) {
+                        info!(kind = %K::plural(&()), "is watched again");
+                    }
+                    let listed = matches!(event, Event::InitDone);
                     if take(event, kept, &mut listing, &mut facts) {
                         changed();
                     }
+                    if listed {
+                        self.tell_change();
+                    }
                 }
                 Err(error) => {
-                    let pause = pauses.after_failure(dice());
-                    complain(&K::plural(&()), &error, kept.synced(), pause);
-                    sleep(pause).await;
+                    let first = !std::mem::replace(&mut failing, true);
+                    complain(&K::plural(&()), &error, first);
+                    sleep(pauses.after_failure(dice())).await;
                 }
             }
         }
@@ -333,22 +341,21 @@ fn key<K: Resource<DynamicType = ()>>(object: &K) -> Option<(String, String)> {
     ))
 }
 
-fn complain(kind: &str, error: &watcher::Error, synced: bool, pause: Duration) {
+/// One line for an outage, however long it lasts.
+fn complain(kind: &str, error: &watcher::Error, first: bool) {
     let error = match error {
         watcher::Error::InitialListFailed(cause)
         | watcher::Error::WatchStartFailed(cause)
         | watcher::Error::WatchFailed(cause) => brief(cause),
         watcher::Error::WatchError(_) | watcher::Error::NoResourceVersion => error.to_string(),
     };
-    if synced {
-        info!(
+    if first {
+        warn!(
             kind,
-            error,
-            ?pause,
-            "the watch broke off and is taken up again"
+            error, "cannot be watched now; what is known stays in force"
         );
     } else {
-        warn!(kind, error, ?pause, "cannot list yet, trying again");
+        debug!(kind, error, "still cannot be watched");
     }
 }
 

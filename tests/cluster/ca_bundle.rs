@@ -678,3 +678,61 @@ async fn a_bundle_in_rotation_is_published_to_both_configurations() {
     );
     stop.cancel();
 }
+
+/// With server-side apply an entry belongs to everyone who wrote to it: whoever installs the configuration this way cannot
+/// take an entry out while our bundle is in it. The API server says so, nothing breaks, and the other ways work.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_that_a_server_side_apply_leaves_out_is_refused_and_nothing_breaks() {
+    let Some(bench) = Bench::new().await else {
+        return;
+    };
+    let apply = |entries: &[&str]| {
+        let entries: Vec<Value> = entries.iter().map(|name| entry(name)).collect();
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingWebhookConfiguration",
+            "metadata": {"name": bench.name}, "webhooks": entries,
+        })
+    };
+    let params = PatchParams::apply("kubectl");
+    let both = Patch::Apply(apply(&TWO));
+    bench
+        .webhooks
+        .patch(&bench.name, &params, &both)
+        .await
+        .expect("installed");
+    bench.filled(REPAIR).await;
+    bench
+        .webhooks
+        .patch(&bench.name, &params, &both)
+        .await
+        .expect("applied again, no conflict");
+    bench.filled(REPAIR).await;
+
+    let one = Patch::Apply(apply(&TWO[..1]));
+    let refused = bench
+        .webhooks
+        .patch(&bench.name, &params, &one)
+        .await
+        .expect_err("half an entry");
+    assert!(
+        matches!(&refused, kube::Error::Api(status) if status.code == 422),
+        "{refused}"
+    );
+    bench.filled(REPAIR).await;
+
+    let less = json!({"webhooks": [{"$patch": "delete", "name": TWO[1]}]});
+    let less = Patch::Strategic(less);
+    let left = bench
+        .webhooks
+        .patch(&bench.name, &PatchParams::default(), &less)
+        .await;
+    let left = left.expect("as kubectl apply does it").webhooks;
+    assert_eq!(left.map(|all| all.len()), Some(1));
+    bench
+        .webhooks
+        .patch(&bench.name, &params, &one)
+        .await
+        .expect("applied");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    bench.filled(REPAIR).await;
+}

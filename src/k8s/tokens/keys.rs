@@ -5,17 +5,29 @@
 //! One fetch at a time; the last good keys stay until others were read whole. A key that nobody has heard of is worth one
 //! early fetch, at most every [`EARLY`], so that garbage cannot make us ask more often.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwapOption;
 use hyper::Request;
 use jiff::{SignedDuration, Timestamp};
 use kube::Client;
 use serde::Deserialize;
-use tokio::{sync::Mutex, time::sleep};
-use tracing::{info, warn};
+use tokio::{
+    sync::Mutex,
+    time::{sleep, timeout},
+};
+use tracing::{debug, info, warn};
 
-use super::super::{ApiError, Pauses, ask, dice};
+use super::{
+    super::{ApiError, Pauses, ask_within, dice},
+    PATIENCE,
+};
 use crate::{
     ca::caller::{CallerError, KeySet, KeySetError},
     clock::Clock,
@@ -51,6 +63,7 @@ pub(super) struct Keys {
     client: Client,
     current: ArcSwapOption<Published>,
     tries: Mutex<Tries>,
+    failing: AtomicBool,
 }
 
 /// When callers last caused a fetch.
@@ -73,8 +86,9 @@ impl Tries {
 }
 
 fn may(last: &mut Option<Timestamp>, pause: Duration, now: Timestamp) -> bool {
-    // a last try in the future: the clock was set back, and the pause would last until it caught up
-    let due = last.is_none_or(|last| last > now || over(pause, last, now));
+    // either way: callers who came together know slightly different times, and a clock that was set back by more than the
+    // pause must not stop the fetches until it has caught up
+    let due = last.is_none_or(|last| over(pause, last, now) || over(pause, now, last));
     if due {
         *last = Some(now);
     }
@@ -115,6 +129,7 @@ impl Keys {
             client,
             current: ArcSwapOption::empty(),
             tries: Mutex::default(),
+            failing: AtomicBool::new(false),
         }
     }
 
@@ -126,14 +141,15 @@ impl Keys {
         if let Some(published) = self.usable(now) {
             return Ok(published);
         }
-        let mut tries = self.tries.lock().await;
-        if let Some(published) = self.usable(now) {
-            return Ok(published);
-        }
-        if tries.may_try_first(now)
-            && let Some(published) = self.fetch_or_warn(now).await
-        {
-            return Ok(published);
+        if let Ok(mut tries) = timeout(PATIENCE, self.tries.lock()).await {
+            if let Some(published) = self.usable(now) {
+                return Ok(published);
+            }
+            if tries.may_try_first(now)
+                && let Some(published) = self.fetch_or_warn(now).await
+            {
+                return Ok(published);
+            }
         }
         Err(CallerError::VerifierUnavailable(
             "the API server's token keys could not be fetched yet".to_owned(),
@@ -146,7 +162,7 @@ impl Keys {
         known: &Arc<Published>,
         now: Timestamp,
     ) -> Option<Arc<Published>> {
-        let mut tries = self.tries.lock().await;
+        let mut tries = timeout(PATIENCE, self.tries.lock()).await.ok()?;
         let current = self.current.load_full();
         if let Some(current) = current.filter(|current| !Arc::ptr_eq(current, known)) {
             return Some(current);
@@ -184,6 +200,7 @@ impl Keys {
         match self.fetch(now).await {
             Ok(published) => {
                 let published = Arc::new(published);
+                self.failing.store(false, Ordering::Relaxed);
                 let before = self.current.swap(Some(published.clone()));
                 if before.is_none() {
                     let keys = published.keys.len();
@@ -195,7 +212,11 @@ impl Keys {
                 Some(published)
             }
             Err(error) => {
-                warn!(%error, "token keys were not fetched; the last good ones stay in force");
+                if self.failing.swap(true, Ordering::Relaxed) {
+                    debug!(%error, "token keys still cannot be fetched");
+                } else {
+                    warn!(%error, "token keys were not fetched; the last good ones stay in force");
+                }
                 None
             }
         }
@@ -219,7 +240,7 @@ impl Keys {
             .body(Vec::new())
             .map_err(|error| ApiError::Refused(kube::Error::HttpError(error)));
         let answer = match request {
-            Ok(request) => ask(self.client.request_text(request)).await,
+            Ok(request) => ask_within(PATIENCE / 2, self.client.request_text(request)).await,
             Err(error) => Err(error),
         };
         answer.map_err(|source| FetchError::Api { path, source })
@@ -239,6 +260,13 @@ mod tests {
         let mut tries = Tries::default();
         let asked: Vec<i64> = (0..100).filter(|s| tries.may_try_early(at(*s))).collect();
         assert_eq!(asked, [0, 30, 60, 90]);
+    }
+
+    #[test]
+    fn callers_who_come_together_cause_one_fetch() {
+        let mut tries = Tries::default();
+        let asked = [5, 4, 6, 3, 5].map(|second| tries.may_try_early(at(second)));
+        assert_eq!(asked, [true, false, false, false, false]);
     }
 
     #[test]
