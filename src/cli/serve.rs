@@ -125,6 +125,11 @@ fn exit_of(error: &ConfigError) -> Exit {
     }
 }
 
+/// An error and its causes in one line: a record that names the object and not what the API server said of it helps nobody.
+fn whole(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
+}
+
 /// One line that tells what is in force and who said it.
 fn log_effective(layers: &Layers) {
     let settings: Vec<_> = layers

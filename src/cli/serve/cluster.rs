@@ -6,7 +6,10 @@ use prometheus_client::registry::Registry;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::plane::{Home, Plane};
+use super::{
+    plane::{Home, Plane},
+    whole,
+};
 use crate::{
     ca::{Authority, KeyedChain, journal::JournalHome},
     cli::{Exit, Failure, exit::OrExit as _},
@@ -228,8 +231,10 @@ async fn refresh_on_change<H: JournalHome>(
             },
         }
         if let Err(error) = custody.refresh().await {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "the changed CA journal was not taken over");
+            tracing::warn!(
+                error = whole(error),
+                "the changed CA journal was not taken over"
+            );
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What is injected: the embedded defaults, the operator's document over them, and what the settings say.
 
-use std::{error::Error, fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
@@ -54,8 +54,10 @@ impl Overrides {
                     tracing::info!(file = %path.display(), "injector settings changed");
                 }
                 Err(error) => {
-                    let error: &dyn Error = error.as_ref();
-                    tracing::error!(error, "bad injector settings; the last good ones stay");
+                    tracing::error!(
+                        error = super::whole(error),
+                        "bad injector settings; the last good ones stay"
+                    );
                 }
             }
             seen = text;

@@ -2,7 +2,7 @@
 //!
 //! [`Plane::begin`] takes the ports -> [`Plane::open`] waits for the journal -> [`Plane::run`] serves until the stop
 
-use std::{error::Error, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use prometheus_client::registry::Registry;
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     overrides::Overrides,
     sanity::{self, Sanity, Skew},
+    whole,
 };
 use crate::{
     ca::{Authority, KeyedChain, caller::Authenticate, journal::JournalHome, profile::Profile},
@@ -202,7 +203,7 @@ impl Plane {
                     return Ok(Some(custody));
                 }
                 Err(error) if mends(&error) => {
-                    let error = &error as &dyn Error;
+                    let error = whole(error);
                     tracing::error!(error, retry_in = ?pause, "the CA journal cannot be opened");
                 }
                 Err(error) => return Err(Exit::BadInput.because(error)),
@@ -374,7 +375,7 @@ async fn prove(
             let authority = authorities.borrow().clone();
             match tls::probe(addr, name, authority.bundle().certificates()).await {
                 Ok(()) => return,
-                Err(error) => tracing::debug!(error = &error as &dyn Error, "not answering yet"),
+                Err(error) => tracing::debug!(error = whole(error), "not answering yet"),
             }
             sleep(PROVE_PAUSE).await;
         }
