@@ -14,6 +14,7 @@ mod explain;
 mod inject;
 mod mesh;
 mod serve;
+mod settings;
 mod terminal;
 mod token;
 mod uninject;

@@ -1,13 +1,16 @@
 //! What the offline verbs take the mesh to be: the injector's settings, and the namespaces.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::collections::BTreeMap;
 
 use anyhow::{Context as _, anyhow};
 use serde_json::Value;
 
-use super::{Exit, Failure, documents::Document, exit::OrExit as _};
+use super::{
+    Exit, Failure, documents::Document, exit::OrExit as _, serve::overrides::Overrides,
+    settings::SettingsArgs,
+};
 use crate::inject::{
-    InjectSettings, Injector, NamespaceFacts,
+    Injector, NamespaceFacts,
     workload::{self, Surroundings},
 };
 
@@ -21,9 +24,11 @@ pub(super) struct MeshArgs {
     /// istio.io/rev=default, or "" for none.
     #[arg(long, value_name = "KEY=VALUE,..", value_parser = parse_labels)]
     namespace_labels: Option<Labels>,
-    /// YAML that overrides the defaults of what is injected: the key injector.yaml of ConfigMap malha-config.
-    #[arg(long, value_name = "FILE", env = "MALHA_INJECTOR_CONFIG")]
-    injector_config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: SettingsArgs,
+    /// YAML that overrides the defaults of what is injected (key injector.yaml of ConfigMap malha-config).
+    #[arg(long, value_name = "FILE")]
+    injector_config: Option<String>,
     /// The oldest kubelet of the cluster; from 1.33 on, and when not given, sidecars are native.
     #[arg(long, value_name = "1.MINOR", value_parser = parse_kubelet)]
     oldest_kubelet: Option<u32>,
@@ -32,21 +37,12 @@ pub(super) struct MeshArgs {
 type Labels = BTreeMap<String, String>;
 
 impl MeshArgs {
-    /// The injector with the operator's settings.
+    /// The injector with the operator's settings, as `malha serve` would make it.
     pub(super) fn injector(&self) -> Result<Injector, Failure> {
-        let settings = match &self.injector_config {
-            None => InjectSettings::embedded(),
-            Some(path) => {
-                let name = path.display();
-                fs::read_to_string(path)
-                    .with_context(|| format!("cannot read {name}"))
-                    .and_then(|text| {
-                        InjectSettings::merged(&text).with_context(|| name.to_string())
-                    })
-                    .or_exit(Exit::BadInput)?
-            }
-        };
-        Ok(Injector::new(settings))
+        let file = self.injector_config.iter();
+        let flags = file.map(|file| ("injector-config".to_owned(), file.clone()));
+        let settings = self.settings.read(flags.collect())?;
+        Overrides::of(&settings).load().or_exit(Exit::BadInput)
     }
 
     /// The namespaces of all templates in `documents`: as the documents say, else as the flag says, else selected.

@@ -4,18 +4,18 @@
 
 mod cluster;
 mod local;
-mod overrides;
+pub(super) mod overrides;
 mod plane;
 mod sanity;
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use clap::{ArgMatches, Command, FromArgMatches};
 
-use super::{Exit, Failure, Terminal, exit::OrExit as _};
+use super::{Exit, Failure, Terminal, exit::OrExit as _, settings};
 use crate::{
-    config::{ConfigError, KEYS, Layers, Settings, Source},
+    config::{KEYS, Layers, Settings, Source},
     k8s::Access,
     runtime::{hardening, shutdown::Shutdown, telemetry},
 };
@@ -45,7 +45,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
     let layers = args.layers()?;
-    let settings = Settings::parse(&layers).map_err(|error| exit_of(&error).because(error))?;
+    let settings = settings::parse(&layers)?;
     telemetry::init(Some(&settings.log)).or_exit(Exit::Usage)?;
     hardening::harden()
         .context("cannot forbid core dumps, which would hold private keys")
@@ -97,31 +97,7 @@ impl Args {
         if self.standalone.is_some() {
             layers = layers.with_defaults(&local::DEFAULTS);
         }
-        let Some(path) = &self.config else {
-            return Ok(layers);
-        };
-        let named = || format!("settings file {}", path.display());
-        let text = fs::read_to_string(path)
-            .with_context(named)
-            .or_exit(Exit::BadInput)?;
-        layers
-            .with_file(&text)
-            .with_context(named)
-            .or_exit(Exit::BadInput)
-    }
-}
-
-/// A bad flag or variable is a matter of usage, a bad file one of input.
-fn exit_of(error: &ConfigError) -> Exit {
-    match error {
-        ConfigError::Invalid {
-            origin: Source::Flag | Source::Environment,
-            ..
-        } => Exit::Usage,
-        ConfigError::Invalid { .. } | ConfigError::NotYaml(_) | ConfigError::UnknownKey { .. } => {
-            Exit::BadInput
-        }
-        ConfigError::Lives(_) => Exit::Usage,
+        settings::with_file(layers, self.config.as_deref())
     }
 }
 

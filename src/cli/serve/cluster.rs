@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     ca::{Authority, KeyedChain, journal::JournalHome},
-    cli::{Exit, Failure, exit::OrExit as _},
+    cli::{Exit, Failure, ca, exit::OrExit as _},
     clock::Clock,
     config::{self, Settings},
     custody::{Custody, CustodyError},
@@ -20,7 +20,6 @@ use crate::{
         self, Access,
         ca_bundle::{self, Keeper, Live, Targets},
         events,
-        journal::{SecretHome, Traces},
         lease::{self, Candidate},
         pods,
         tokens::{ClusterTokens, Options, Validation},
@@ -87,11 +86,7 @@ pub(super) async fn serve(
     );
     plane.tasks.own("lease", holding);
 
-    let traces = Traces {
-        config_map: "malha-ca-root-cert".to_owned(),
-        webhook: "malha-injector".to_owned(),
-    };
-    let home = SecretHome::new(client.clone(), &namespace, "malha-ca", traces);
+    let home = ca::secret_home(client.clone(), &namespace);
     let Some(custody) = plane.open(&home, mends).await? else {
         return Ok(());
     };

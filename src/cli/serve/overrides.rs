@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Where the operator's document is, and what stands above it.
-pub(super) struct Overrides {
+pub(in crate::cli) struct Overrides {
     path: Option<PathBuf>,
     trust_domain: String,
     revision: String,
@@ -24,7 +24,7 @@ pub(super) struct Overrides {
 const REREAD: Duration = Duration::from_secs(5);
 
 impl Overrides {
-    pub(super) fn of(settings: &Settings) -> Self {
+    pub(in crate::cli) fn of(settings: &Settings) -> Self {
         Self {
             path: settings.injector_config.clone(),
             trust_domain: settings.trust_domain.to_string(),
@@ -33,7 +33,7 @@ impl Overrides {
     }
 
     /// Reads the document, where one is named.
-    pub(super) fn load(&self) -> anyhow::Result<Injector> {
+    pub(in crate::cli) fn load(&self) -> anyhow::Result<Injector> {
         self.read().and_then(|text| self.injector(&text))
     }
 
