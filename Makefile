@@ -35,7 +35,7 @@ needs-clients:
 build: needs-rust ## Build the three programs into target/debug
 	$(CARGO) build --locked
 
-run: needs-rust needs-clients ## Start a control plane here and watch it work (no cluster, no root); ARGS=--once ends after the tour
+run: needs-rust needs-clients ## Start a control plane here and watch it work (no cluster, no root); ARGS=--once ends after it
 	@$(CARGO) build --locked --bin malha
 	@$(TARGET)/debug/malha tour --dir $(DIR) $(ARGS)
 

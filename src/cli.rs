@@ -17,6 +17,7 @@ mod serve;
 mod settings;
 mod terminal;
 mod token;
+mod tour;
 mod uninject;
 
 use std::process::ExitCode;
@@ -60,6 +61,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Serve(serve::Args),
+    Tour(tour::Args),
     Inject(inject::Args),
     Uninject(uninject::Args),
     Explain(explain::Args),
@@ -73,6 +75,7 @@ impl Verb {
     fn run(self, terminal: &mut Terminal) -> Result<Exit, Failure> {
         match self {
             Self::Serve(args) => serve::run(args, terminal),
+            Self::Tour(args) => tour::run(args, terminal),
             Self::Inject(args) => inject::run(args, terminal),
             Self::Uninject(args) => uninject::run(args, terminal),
             Self::Explain(args) => explain::run(args, terminal),

@@ -12,7 +12,7 @@ use super::{Exit, Failure};
 use crate::ca::Validity;
 
 /// Standard output and standard error, with the terminal's manners.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Terminal {
     utf8: bool,
 }
