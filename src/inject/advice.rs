@@ -2,8 +2,6 @@
 //!
 //! A pod's warnings reach only the controller that creates it; the author of a Deployment never sees them.
 
-use std::collections::BTreeMap;
-
 use super::{
     Injector, NamespaceFacts, PodError, Reason, Verdict, Warning, WarningCode, annotations,
     settings::Redirect,
@@ -51,9 +49,8 @@ pub fn advise(
         .into_iter()
         .collect();
     warnings.extend(answer.warnings.into_iter().map(|warning| warning.text));
-    if matches!(answer.verdict, Verdict::Patch(_)) && injector.settings().redirect == Redirect::Init
-    {
-        warnings.extend(pod_security(namespace));
+    if matches!(answer.verdict, Verdict::Patch(_)) {
+        warnings.extend(pod_security(injector, namespace).map(|warning| warning.text));
     }
     Ok(Advice {
         reason: Some(answer.verdict.reason()),
@@ -95,15 +92,17 @@ fn asks_for_something(pod: &Value) -> bool {
     })
 }
 
-/// Both levels above `privileged` forbid `NET_ADMIN`; the API server's refusal will be exact, this one comes earlier.
-fn pod_security(namespace: &NamespaceFacts) -> Option<String> {
-    let labels: &BTreeMap<String, String> = &namespace.labels;
-    let level = labels
-        .get(POD_SECURITY)
-        .filter(|level| *level == "baseline" || *level == "restricted")?;
-    let warning = Warning::new(
-        WarningCode::PodSecurityForbidsInit,
-        format_args!("level {level} of this namespace forbids NET_ADMIN, which malha-init needs"),
-    );
-    Some(warning.text)
+/// Whether the namespace's Pod Security level will refuse a pod that is injected here: both levels above `privileged`
+/// forbid `NET_ADMIN`. The API server's own refusal is exact and knows the exemptions; this comes earlier.
+pub fn pod_security(injector: &Injector, namespace: &NamespaceFacts) -> Option<Warning> {
+    let level = namespace.labels.get(POD_SECURITY)?;
+    let forbids = level == "baseline" || level == "restricted";
+    (forbids && injector.settings.redirect == Redirect::Init).then(|| {
+        Warning::new(
+            WarningCode::PodSecurityForbidsInit,
+            format_args!(
+                "level {level} of this namespace forbids NET_ADMIN, which malha-init needs"
+            ),
+        )
+    })
 }

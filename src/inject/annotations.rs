@@ -47,7 +47,7 @@ pub(super) struct Wishes<'a> {
     pub(super) merge_prometheus: bool,
     pub(super) hold: bool,
     pub(super) workload_api: bool,
-    pub(super) run_before: Vec<&'a str>,
+    pub(super) run_before: BTreeSet<&'a str>,
     pub(super) proxy_image: Cow<'a, str>,
 }
 
@@ -72,7 +72,7 @@ impl<'a> Wishes<'a> {
             merge_prometheus: settings.merge_prometheus,
             hold: proxy.hold_application,
             workload_api: false,
-            run_before: Vec::new(),
+            run_before: BTreeSet::new(),
             proxy_image: Cow::Borrowed(&settings.image.proxy),
         }
     }
@@ -408,7 +408,7 @@ pub(super) fn is_read(key: &str) -> bool {
 }
 
 /// The init containers that stay ahead of ours, for a pod whose annotations were judged before.
-pub(super) fn names(value: &str) -> Vec<&str> {
+pub(super) fn names(value: &str) -> BTreeSet<&str> {
     value
         .split(',')
         .map(|name| name.trim_matches(' '))

@@ -32,6 +32,13 @@ impl<T> Slot<T> {
         }
     }
 
+    pub(super) fn into_present(self) -> Option<T> {
+        match self {
+            Self::Present(value) => Some(value),
+            Self::Missing | Self::Odd => None,
+        }
+    }
+
     pub(super) fn is_odd(&self) -> bool {
         matches!(self, Self::Odd)
     }
@@ -143,13 +150,21 @@ impl Lax<'_> for bool {
     }
 }
 
+/// Items of a list that is read; a longer one is odd. Two bytes of text (`0,`) become hundreds in memory, so that a body of
+/// 6 MiB could fill a gigabyte; no pod that etcd would store has so many of anything.
+const LONGEST_LIST: usize = 16 * 1024;
+
 impl<'de, T: Lax<'de>> Lax<'de> for Vec<Slot<T>> {
     fn list<A: SeqAccess<'de>>(mut items: A) -> Result<Option<Self>, A::Error> {
         let mut read = Self::new();
-        while let Some(item) = items.next_element()? {
-            read.push(item);
+        while read.len() <= LONGEST_LIST {
+            match items.next_element()? {
+                Some(item) => read.push(item),
+                None => return Ok(Some(read)),
+            }
         }
-        Ok(Some(read))
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(None)
     }
 }
 
@@ -165,6 +180,41 @@ impl<'a> Raw<'a> {
 
     pub(super) fn is_null(self) -> bool {
         self.0.get() == "null"
+    }
+}
+
+/// A value that was checked when it came by, and is read again where it is looked at: it takes the room of a pointer
+/// meanwhile, however many there are.
+#[derive(Debug, Clone)]
+pub(super) struct Lazy<'a, T> {
+    raw: Option<Raw<'a>>,
+    kind: PhantomData<T>,
+}
+
+impl<T> Default for Lazy<'_, T> {
+    fn default() -> Self {
+        Self {
+            raw: None,
+            kind: PhantomData,
+        }
+    }
+}
+
+impl<'a, T: Lax<'a>> Lazy<'a, T> {
+    pub(super) fn read(&self) -> Slot<T> {
+        self.raw.map_or(Slot::Missing, Raw::read)
+    }
+}
+
+impl<'a, T: Lax<'a>> Deserialize<'a> for Lazy<'a, T> {
+    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+        let raw = <&'a RawValue>::deserialize(deserializer)?;
+        let checked: Result<Slot<T>, _> = serde_json::from_str(raw.get());
+        checked.map_err(D::Error::custom)?;
+        Ok(Self {
+            raw: Some(Raw(raw)),
+            kind: PhantomData,
+        })
     }
 }
 
@@ -273,11 +323,23 @@ impl<'a> Fields<'a> {
 ///
 /// Sorted and without nulls, so that equal pods get equal bytes. `$` as `\u0024`, because the kubelet expands
 /// `$(NAME)` in the environment values and arguments that such text becomes.
+///
+/// No handler of a pod is nested deeper than its headers; what is stays as it was written.
 pub(super) fn write_canonical(raw: Raw<'_>, out: &mut String) {
+    write_canonical_to_depth(raw, 8, out);
+}
+
+fn write_canonical_to_depth(raw: Raw<'_>, depth: u8, out: &mut String) {
+    let Some(depth) = depth.checked_sub(1) else {
+        out.push_str(raw.0.get());
+        return;
+    };
     let text = raw.0.get();
     match text.as_bytes().first() {
         Some(b'{') => match raw.read::<Fields<'_>>() {
-            Slot::Present(fields) => write_object(fields.iter().map(|(key, raw)| (key, *raw)), out),
+            Slot::Present(fields) => {
+                write_object(fields.iter().map(|(key, raw)| (key, *raw)), depth, out)
+            }
             _ => out.push_str(text), // a key stands there twice: left as it is
         },
         Some(b'[') => {
@@ -287,7 +349,7 @@ pub(super) fn write_canonical(raw: Raw<'_>, out: &mut String) {
                 if at > 0 {
                     out.push(',');
                 }
-                write_canonical(item, out);
+                write_canonical_to_depth(item, depth, out);
             }
             out.push(']');
         }
@@ -299,7 +361,7 @@ pub(super) fn write_canonical(raw: Raw<'_>, out: &mut String) {
     }
 }
 
-fn write_object<'r>(fields: impl Iterator<Item = (&'r str, Raw<'r>)>, out: &mut String) {
+fn write_object<'r>(fields: impl Iterator<Item = (&'r str, Raw<'r>)>, depth: u8, out: &mut String) {
     out.push('{');
     for (at, (key, value)) in fields.enumerate() {
         if at > 0 {
@@ -307,7 +369,7 @@ fn write_object<'r>(fields: impl Iterator<Item = (&'r str, Raw<'r>)>, out: &mut 
         }
         write_text_unexpanded(key, out);
         out.push(':');
-        write_canonical(value, out);
+        write_canonical_to_depth(value, depth, out);
     }
     out.push('}');
 }

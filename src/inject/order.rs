@@ -4,6 +4,8 @@
 //! init containers, then `malha-init`; the proxy is the first container or, where it does not hold the application,
 //! the last.
 
+use std::collections::BTreeSet;
+
 use super::{
     lax::Slot,
     ours::{self, Ours},
@@ -12,11 +14,11 @@ use super::{
 };
 
 /// How many of the user's init containers start before ours: in native order up to the last that is named.
-pub(super) fn ahead(pod: &PodView<'_>, native: bool, run_before: &[&str]) -> usize {
+pub(super) fn ahead(pod: &PodView<'_>, native: bool, run_before: &BTreeSet<&str>) -> usize {
     let users = pod.init_containers().iter().filter(|slot| !is_ours(slot));
     let stays = |slot: &Slot<Container<'_>>| {
         let name = slot.present().and_then(Container::name);
-        !native || name.is_some_and(|name| run_before.contains(&name))
+        !native || name.is_some_and(|name| run_before.contains(name))
     };
     let last = users.enumerate().filter(|(_, slot)| stays(slot)).last();
     last.map_or(0, |(at, _)| at + 1)
@@ -121,8 +123,8 @@ pub(super) fn restore(
 }
 
 fn holds(proxy: &Container<'_>) -> bool {
-    proxy
-        .lifecycle
+    let lifecycle = proxy.lifecycle.read();
+    lifecycle
         .present()
         .is_some_and(|lifecycle| lifecycle.post_start.present().is_some())
 }

@@ -4,7 +4,7 @@ use std::{borrow::Cow, collections::BTreeSet};
 
 use super::{
     PodError,
-    lax::{Fields, Lax, Raw, Slot, Table, Text, reads},
+    lax::{Fields, Lax, Lazy, Raw, Slot, Table, Text, reads},
     select::{self, PodFacts},
 };
 
@@ -62,15 +62,15 @@ reads! {
         "name" => name: Slot<Text<'a>>,
         "image" => image: Slot<Text<'a>>,
         "restartPolicy" => restart_policy: Slot<Text<'a>>,
-        "ports" => ports: ListOf<Port<'a>>,
+        "ports" => ports: Lazy<'a, Vec<Slot<Port<'a>>>>,
         "env" => env: Option<Raw<'a>>,
         "volumeMounts" => volume_mounts: Option<Raw<'a>>,
         "resources" => resources: Slot<Resources<'a>>,
         "securityContext" => security_context: Slot<SecurityContext<'a>>,
-        "livenessProbe" => liveness: Slot<Handlers<'a>>,
-        "readinessProbe" => readiness: Slot<Handlers<'a>>,
-        "startupProbe" => startup: Slot<Handlers<'a>>,
-        "lifecycle" => lifecycle: Slot<Lifecycle<'a>>,
+        "livenessProbe" => liveness: Lazy<'a, Handlers<'a>>,
+        "readinessProbe" => readiness: Lazy<'a, Handlers<'a>>,
+        "startupProbe" => startup: Lazy<'a, Handlers<'a>>,
+        "lifecycle" => lifecycle: Lazy<'a, Lifecycle<'a>>,
     }
     struct Port {
         "name" => name: Slot<Text<'a>>,
@@ -262,8 +262,9 @@ impl<'a> Container<'a> {
         self.restart_policy.text() == Some("Always")
     }
 
-    pub(super) fn ports(&self) -> impl Iterator<Item = &Port<'a>> {
-        self.ports.items().iter().filter_map(Slot::present)
+    pub(super) fn ports(&self) -> impl Iterator<Item = Port<'a>> {
+        let ports = self.ports.read().into_present().unwrap_or_default();
+        ports.into_iter().filter_map(Slot::into_present)
     }
 
     /// The environment, read only when it is looked at: it may hold thousands of variables.

@@ -11,7 +11,7 @@ use super::{
         Fields, Lax, Raw, Slot, Table, Text, write_canonical, write_text, write_text_unexpanded,
     },
     patch::{Operations, Pointer},
-    pod::{Container, Handlers},
+    pod::{Container, Handlers, Lifecycle},
     reason::{Warning, WarningCode},
 };
 
@@ -23,7 +23,7 @@ struct Site {
     tokens: &'static [&'static str],
     route: &'static str,
     name: &'static str,
-    handlers: for<'c, 'a> fn(&'c Container<'a>) -> Option<&'c Handlers<'a>>,
+    handlers: for<'a> fn(&Container<'a>) -> Slot<Handlers<'a>>,
     /// Only `httpGet` is sent over the network; the kubelet never runs a lifecycle `tcpSocket`.
     lifecycle: bool,
 }
@@ -33,43 +33,52 @@ const SITES: [Site; 5] = [
         tokens: &["livenessProbe"],
         route: "app-health",
         name: "livez",
-        handlers: |container| container.liveness.present(),
+        handlers: |container| container.liveness.read(),
         lifecycle: false,
     },
     Site {
         tokens: &["readinessProbe"],
         route: "app-health",
         name: "readyz",
-        handlers: |container| container.readiness.present(),
+        handlers: |container| container.readiness.read(),
         lifecycle: false,
     },
     Site {
         tokens: &["startupProbe"],
         route: "app-health",
         name: "startupz",
-        handlers: |container| container.startup.present(),
+        handlers: |container| container.startup.read(),
         lifecycle: false,
     },
     Site {
         tokens: &["lifecycle", "postStart"],
         route: "app-lifecycle",
         name: "poststart",
-        handlers: |container| container.lifecycle.present()?.post_start.present(),
+        handlers: |container| lifecycle(container).post_start,
         lifecycle: true,
     },
     Site {
         tokens: &["lifecycle", "preStop"],
         route: "app-lifecycle",
         name: "prestop",
-        handlers: |container| container.lifecycle.present()?.pre_stop.present(),
+        handlers: |container| lifecycle(container).pre_stop,
         lifecycle: true,
     },
 ];
 
+fn lifecycle<'a>(container: &Container<'a>) -> Lifecycle<'a> {
+    container
+        .lifecycle
+        .read()
+        .into_present()
+        .unwrap_or_default()
+}
+
 /// A handler that the kubelet sends over the network.
-struct Networked<'h, 'a> {
+struct Networked<'a> {
     kind: &'static str,
-    fields: &'h Fields<'a>,
+    fields: Fields<'a>,
+    timeout_seconds: Option<i64>,
 }
 
 /// A port as Kubernetes lets one write it.
@@ -100,10 +109,7 @@ pub(super) fn rewrite(
         return;
     };
     for site in &SITES {
-        let Some(handlers) = (site.handlers)(container) else {
-            continue;
-        };
-        let Some(networked) = networked(handlers, site.lifecycle) else {
+        let Some(networked) = networked(container, site) else {
             continue;
         };
         let path = path(site, name);
@@ -112,7 +118,7 @@ pub(super) fn rewrite(
         }
         match target(container, &networked) {
             Ok(port) => {
-                records.insert(path.clone(), record(&networked, port, handlers));
+                records.insert(path.clone(), record(&networked, port));
                 let at = site
                     .tokens
                     .iter()
@@ -126,39 +132,39 @@ pub(super) fn rewrite(
 
 /// Whether anything of the container's would be rewritten.
 pub(super) fn has_networked(container: &Container<'_>) -> bool {
-    let mut sites = SITES.iter();
-    sites.any(|site| {
-        (site.handlers)(container)
-            .is_some_and(|handlers| networked(handlers, site.lifecycle).is_some())
-    })
+    SITES
+        .iter()
+        .any(|site| networked(container, site).is_some())
 }
 
 /// The ports that the kubelet dials in this container itself.
 pub(super) fn probed_ports(container: &Container<'_>) -> Vec<u16> {
-    let handlers = SITES
-        .iter()
-        .filter_map(|site| networked((site.handlers)(container)?, site.lifecycle));
-    handlers
-        .filter_map(|networked| resolve(container, networked.fields).ok())
+    let networked = SITES.iter().filter_map(|site| networked(container, site));
+    networked
+        .filter_map(|networked| resolve(container, &networked.fields).ok())
         .collect()
 }
 
 /// The one handler, if it goes over the network. Two handlers are refused by the API server in better words.
-fn networked<'h, 'a>(handlers: &'h Handlers<'a>, lifecycle: bool) -> Option<Networked<'h, 'a>> {
+fn networked<'a>(container: &Container<'a>, site: &Site) -> Option<Networked<'a>> {
+    let handlers = (site.handlers)(container).into_present()?;
+    let timeout_seconds = handlers.timeout_seconds.present().copied();
     let there = [
-        ("httpGet", handlers.http_get.present()),
-        ("tcpSocket", handlers.tcp_socket.present()),
-        ("grpc", handlers.grpc.present()),
+        ("httpGet", handlers.http_get),
+        ("tcpSocket", handlers.tcp_socket),
+        ("grpc", handlers.grpc),
     ];
-    let mut networked = there.into_iter().filter_map(|(kind, fields)| {
-        Some(Networked {
-            kind,
-            fields: fields?,
-        })
-    });
-    let first = networked.next()?;
+    let mut networked = there
+        .into_iter()
+        .filter_map(|(kind, fields)| Some((kind, fields.into_present()?)));
+    let (kind, fields) = networked.next()?;
     let alone = networked.next().is_none() && handlers.exec.is_none() && handlers.sleep.is_none();
-    (alone && (!lifecycle || first.kind == "httpGet")).then_some(first)
+    let sent = alone && (!site.lifecycle || kind == "httpGet");
+    sent.then_some(Networked {
+        kind,
+        fields,
+        timeout_seconds,
+    })
 }
 
 /// Why a handler stays as it is.
@@ -194,11 +200,11 @@ impl Fault {
 }
 
 /// The port inside the pod that the handler dials.
-fn target(container: &Container<'_>, networked: &Networked<'_, '_>) -> Result<u16, Fault> {
-    if networked.kind != "grpc" && !dials_the_pod(networked.fields) {
+fn target(container: &Container<'_>, networked: &Networked<'_>) -> Result<u16, Fault> {
+    if networked.kind != "grpc" && !dials_the_pod(&networked.fields) {
         return Err(Fault::HostExternal);
     }
-    match resolve(container, networked.fields)? {
+    match resolve(container, &networked.fields)? {
         port @ (AGENT_PORT | STATUS_PORT) => Err(Fault::PortIsOurs(port)),
         port => Ok(port),
     }
@@ -255,13 +261,13 @@ pub(super) fn encoded(container: &str) -> String {
 }
 
 /// `{"httpGet": <as it was, its port a number>, "named": <its port's name>, "timeoutSeconds": ..}`.
-fn record(networked: &Networked<'_, '_>, port: u16, handlers: &Handlers<'_>) -> String {
+fn record(networked: &Networked<'_>, port: u16) -> String {
     let mut json = String::with_capacity(96);
     json.push('{');
     write_text(networked.kind, &mut json);
     json.push(':');
     write_fields(
-        networked.fields,
+        &networked.fields,
         &[("port", port.to_string())],
         &[],
         &mut json,
@@ -270,7 +276,7 @@ fn record(networked: &Networked<'_, '_>, port: u16, handlers: &Handlers<'_>) -> 
         json.push_str(",\"named\":");
         write_text_unexpanded(&name, &mut json);
     }
-    if let Some(seconds) = handlers.timeout_seconds.present() {
+    if let Some(seconds) = networked.timeout_seconds {
         write!(json, ",\"timeoutSeconds\":{seconds}").expect("a string takes everything");
     }
     json.push('}');
@@ -278,12 +284,7 @@ fn record(networked: &Networked<'_, '_>, port: u16, handlers: &Handlers<'_>) -> 
 }
 
 /// The new handler keeps the headers, and any field that we do not know; it loses the host, which Pod Security forbids.
-fn replace(
-    networked: &Networked<'_, '_>,
-    handlers: &Pointer,
-    path: &str,
-    operations: &mut Operations,
-) {
+fn replace(networked: &Networked<'_>, handlers: &Pointer, path: &str, operations: &mut Operations) {
     let mut written_path = String::new();
     write_text(path, &mut written_path);
     let ours = [
@@ -293,7 +294,7 @@ fn replace(
     ];
     let mut json = String::with_capacity(96);
     if networked.kind == "httpGet" {
-        write_fields(networked.fields, &ours, &["host"], &mut json);
+        write_fields(&networked.fields, &ours, &["host"], &mut json);
         operations.replace(&handlers.key("httpGet"), &json);
     } else {
         write_fields(&Table::default(), &ours, &[], &mut json);

@@ -6,7 +6,7 @@ use super::{
     Injector, Owner,
     annotations::{self, Wishes},
     judge::Accepted,
-    lax::{Slot, write_text},
+    lax::{Slot, Text, write_text},
     metadata, order,
     order::Place,
     patch::{Operations, Pointer},
@@ -232,16 +232,16 @@ fn app_ports(pod: &PodView<'_>) -> String {
     struct AppPort<'p> {
         container_port: u16,
         #[serde(skip_serializing_if = "Option::is_none")]
-        name: Option<&'p str>,
-        protocol: &'p str,
+        name: Option<Text<'p>>,
+        protocol: Text<'p>,
     }
     let containers = pod.containers().iter().filter_map(Slot::present);
     let ports = containers.flat_map(Container::ports).filter_map(|port| {
         let number = u16::try_from(*port.number.present()?).ok();
         Some(AppPort {
             container_port: number.filter(|number| *number != 0)?,
-            name: port.name.text(),
-            protocol: port.protocol.text().unwrap_or("TCP"),
+            name: port.name.into_present(),
+            protocol: port.protocol.into_present().unwrap_or("TCP".into()),
         })
     });
     serde_json::to_string(&ports.collect::<Vec<_>>()).expect("numbers and strings always serialise")

@@ -1,9 +1,12 @@
 //! What is injected and how: `manifests/defaults/inject.yaml`, with the operator's document merged over it.
 
+use std::fmt::Display;
+
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{capture::Capture, quantity::Quantity};
+use super::{annotations, capture::Capture, quantity::Quantity};
+use crate::identity::TrustDomain;
 
 const EMBEDDED: &str = include_str!("../../manifests/defaults/inject.yaml");
 
@@ -236,59 +239,151 @@ impl InjectSettings {
 
     /// What types alone do not hold.
     fn checked(self) -> Result<Self, SettingsError> {
-        let proxy = &self.proxy;
-        let fault = |key: &str, value: String, why: &str| {
-            Err(SettingsError::BadValue {
-                key: key.to_owned(),
-                value,
-                why: why.to_owned(),
-            })
-        };
-        if proxy.uid == 0 {
-            return fault("proxy.uid", "0".to_owned(), "the proxy never runs as root");
-        }
-        if self.token.expiration_seconds < 600 {
-            let given = self.token.expiration_seconds.to_string();
-            return fault(
+        let (proxy, token, readiness) = (&self.proxy, &self.token, &self.proxy.readiness);
+        let seconds = |value: u32, least: u32| (least..=3600).contains(&value);
+        let named = |text: &str| !text.is_empty();
+        let bundled =
+            named(&self.trust_bundle.config_map) || named(&self.trust_bundle.cluster_trust_bundle);
+        let log_level = annotations::is_level(&proxy.log_level);
+        let agent_level = &proxy.agent_log_level;
+        let agent =
+            annotations::is_level(agent_level) || annotations::are_component_levels(agent_level);
+        let trust_domain = self.trust_domain.parse::<TrustDomain>().is_ok();
+        let rules: [(&str, &dyn Display, bool, &str); 13] = [
+            (
+                "trustDomain",
+                &self.trust_domain,
+                trust_domain,
+                "it is no SPIFFE trust domain",
+            ),
+            (
+                "revision",
+                &self.revision,
+                is_dns_label(&self.revision),
+                "it is no DNS label",
+            ),
+            (
+                "controlPlane",
+                &self.control_plane,
+                named(&self.control_plane),
+                "it must name a host and port",
+            ),
+            (
+                "image.proxy",
+                &self.image.proxy,
+                named(&self.image.proxy),
+                "it must name an image",
+            ),
+            (
+                "image.init",
+                &self.image.init,
+                named(&self.image.init),
+                "it must name an image",
+            ),
+            (
+                "proxy.uid",
+                &proxy.uid,
+                (1..1 << 31).contains(&proxy.uid),
+                "it is 1 to 2147483647: never root",
+            ),
+            (
+                "proxy.logLevel",
+                &proxy.log_level,
+                log_level,
+                "it is no level of Envoy's",
+            ),
+            (
+                "proxy.agentLogLevel",
+                agent_level,
+                agent,
+                "it is no level, nor a list of component:level",
+            ),
+            (
+                "proxy.readiness.initialDelaySeconds",
+                &readiness.initial_delay_seconds,
+                seconds(readiness.initial_delay_seconds, 0),
+                "it is 0 to 3600",
+            ),
+            (
+                "proxy.readiness.periodSeconds",
+                &readiness.period_seconds,
+                seconds(readiness.period_seconds, 1),
+                "it is 1 to 3600",
+            ),
+            (
+                "proxy.readiness.failureThreshold",
+                &readiness.failure_threshold,
+                seconds(readiness.failure_threshold, 1),
+                "it is 1 to 3600",
+            ),
+            (
                 "token.expirationSeconds",
-                given,
+                &token.expiration_seconds,
+                token.expiration_seconds >= 600,
                 "Kubernetes allows 600 and more",
-            );
+            ),
+            (
+                "token.audience",
+                &token.audience,
+                named(&token.audience),
+                "the authority asks for one",
+            ),
+        ];
+        if let Some((key, value, _, why)) = rules.iter().find(|(_, _, holds, _)| !holds) {
+            return Err(bad_value(key, *value, why));
         }
-        for (key, text) in [
-            ("image.proxy", &self.image.proxy),
-            ("image.init", &self.image.init),
-            ("revision", &self.revision),
-        ] {
-            if text.is_empty() {
-                return fault(key, "empty".to_owned(), "it must name something");
-            }
+        if !bundled {
+            return Err(bad_value(
+                "trustBundle.configMap",
+                &"",
+                "a pod without roots trusts nobody",
+            ));
         }
-        for (key, resources) in [
-            ("proxy.resources", &proxy.resources),
-            ("init.resources", &self.init.resources),
-        ] {
-            for (name, request, limit) in [
-                ("cpu", &resources.requests.cpu, &resources.limits.cpu),
-                (
-                    "memory",
-                    &resources.requests.memory,
-                    &resources.limits.memory,
-                ),
-            ] {
-                if let (Some(request), Some(limit)) = (request, limit)
-                    && request > limit
-                {
-                    return fault(
-                        &format!("{key}.requests.{name}"),
-                        request.to_string(),
-                        "it is above the limit",
-                    );
-                }
-            }
-        }
+        proxy.resources.checked("proxy.resources")?;
+        self.init.resources.checked("init.resources")?;
         Ok(self)
     }
+}
+
+impl ResourceSettings {
+    /// No request above its limit; a limit of 0 is none.
+    fn checked(&self, key: &str) -> Result<(), SettingsError> {
+        let pairs = [
+            ("cpu", &self.requests.cpu, &self.limits.cpu),
+            ("memory", &self.requests.memory, &self.limits.memory),
+        ];
+        for (name, request, limit) in pairs {
+            let limit = limit.as_ref().filter(|limit| !limit.is_zero());
+            if let Some(request) = request
+                .as_ref()
+                .filter(|request| limit.is_some_and(|limit| *request > limit))
+            {
+                return Err(bad_value(
+                    &format!("{key}.requests.{name}"),
+                    request,
+                    "it is above the limit",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn bad_value(key: &str, value: &dyn Display, why: &str) -> SettingsError {
+    SettingsError::BadValue {
+        key: key.to_owned(),
+        value: format!("{:?}", value.to_string()),
+        why: why.to_owned(),
+    }
+}
+
+/// RFC 1123; a revision is a label's value and a part of a path.
+fn is_dns_label(text: &str) -> bool {
+    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=63).contains(&text.len())
+        && text.bytes().all(legal)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
 }
 
 impl Default for InjectSettings {
@@ -468,6 +563,18 @@ mod tests {
                 "`token.expirationSeconds`",
             ),
             ("image: {proxy: ''}", "`image.proxy`"),
+            ("revision: A/b", "`revision`"),
+            ("trustDomain: Cluster.Local", "`trustDomain`"),
+            ("proxy: {logLevel: loud}", "`proxy.logLevel`"),
+            ("proxy: {agentLogLevel: 'a:b'}", "`proxy.agentLogLevel`"),
+            (
+                "proxy: {readiness: {periodSeconds: 0}}",
+                "`proxy.readiness.periodSeconds`",
+            ),
+            ("proxy: {uid: 2147483648}", "`proxy.uid`"),
+            ("token: {audience: ''}", "`token.audience`"),
+            ("trustBundle: {configMap: ''}", "`trustBundle.configMap`"),
+            ("controlPlane: ''", "`controlPlane`"),
             ("proxy: null", "`proxy`"),
             ("- a", "a list"),
             ("a: 1\na: 2", "not a YAML document"),

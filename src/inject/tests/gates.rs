@@ -229,3 +229,50 @@ fn a_forged_status_changes_nothing_and_stays() {
     assert!(!uninject::uninject(&mut untouched).expect("nothing to read"));
     assert_eq!(untouched, pod);
 }
+
+#[test]
+fn no_depth_and_no_count_can_exhaust_the_process() {
+    let nested =
+        |open: &str, close: &str| format!("{}{}", open.repeat(1_000_000), close.repeat(1_000_000));
+    let handler = format!(
+        r#"{{"spec":{{"containers":[{{"name":"app","livenessProbe":{{"httpGet":{{"port":80,"x":{}}}}}}}]}}}}"#,
+        nested("[", "]")
+    );
+    let unread = format!(
+        r#"{{"x":{},"spec":{{"containers":[{{"name":"app"}}]}}}}"#,
+        nested("{\"a\":", "}").replace(":}", ":0}")
+    );
+    for pod in [handler, unread] {
+        let answer = Injector::default()
+            .inject(pod.as_bytes(), &call())
+            .expect("a readable pod");
+        assert_eq!(answer.verdict.reason(), Reason::Injected);
+    }
+    let read = format!(r#"{{"spec":{{"containers":{}}}}}"#, nested("[", "]"));
+    let _ = Injector::default().inject(read.as_bytes(), &call());
+    let many = format!(
+        r#"{{"spec":{{"containers":[{}{{"name":"app"}}]}}}}"#,
+        "{},".repeat(500_000)
+    );
+    let answer = Injector::default()
+        .inject(many.as_bytes(), &call())
+        .expect("a readable pod");
+    assert_eq!(answer.verdict.reason(), Reason::InvalidPod);
+}
+
+#[test]
+fn duplicate_keys_in_what_is_read_are_the_requests_fault() {
+    for container in [
+        r#""ports":[{"containerPort":1,"containerPort":2}]"#,
+        r#""livenessProbe":{"httpGet":{"port":1,"port":2}}"#,
+        r#""livenessProbe":{"httpGet":{"port":1}},"livenessProbe":{}"#,
+        r#""lifecycle":{"preStop":{"httpGet":{}},"preStop":{}}"#,
+        r#""resources":{"limits":{"cpu":1,"cpu":2}}"#,
+    ] {
+        let pod = format!(r#"{{"spec":{{"containers":[{{"name":"app",{container}}}]}}}}"#);
+        assert!(
+            Injector::default().inject(pod.as_bytes(), &call()).is_err(),
+            "{pod}"
+        );
+    }
+}
