@@ -13,6 +13,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
+use crate::runtime::telemetry;
+
 /// A registry that knows the build and the process; rooms add what they count. `started` is now.
 pub fn registry(started: Timestamp) -> Registry {
     let mut registry = Registry::default();
@@ -85,17 +87,24 @@ impl Collector for Process {
                 .ok()
                 .and_then(|limit| limit.trim().parse().ok()),
         )?;
+        let mut counter = |name, help, value: f64| {
+            let counter = ConstCounter::new(value);
+            let metric = encoder.encode_descriptor(name, help, None, counter.metric_type())?;
+            counter.encode(metric)
+        };
+        counter(
+            "malha_log_lines_lost",
+            "Log lines that nobody read in time",
+            telemetry::lines_lost() as f64,
+        )?;
         if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
             let micros =
                 usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-            let cpu = ConstCounter::new(micros as f64 / 1e6);
-            let metric = encoder.encode_descriptor(
+            counter(
                 "process_cpu_seconds",
                 "Processor time, user and system",
-                None,
-                cpu.metric_type(),
+                micros as f64 / 1e6,
             )?;
-            cpu.encode(metric)?;
         }
         Ok(())
     }

@@ -2,9 +2,10 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
-use std::time::Duration;
-use std::{fs, str};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use nix::sys::signal::Signal;
 use rustls::pki_types::CertificateDer;
@@ -31,57 +32,31 @@ impl Plane {
         let directory = tempfile::tempdir().expect("a directory");
         let home = directory.path().join("state");
         let path = home.to_str().expect("UTF-8");
-        let mut args = vec!["serve", "--standalone", path];
-        for addr in ["--webhook-addr", "--ca-addr", "--admin-addr"] {
-            args.extend([addr, "127.0.0.1:0"]);
-        }
+        let mut args = arguments(path);
         args.extend(flags);
         let program = Program::malha(&args);
         program.wait_for("malha serves from", PATIENCE);
-        let addresses = fs::read(home.join("addresses.json")).expect("announced");
         Self {
             program,
-            addresses: serde_json::from_slice(&addresses).expect("JSON"),
+            addresses: wait_for_addresses(&home),
             directory,
         }
     }
 
     fn addr(&self, port: &str) -> SocketAddr {
-        self.addresses[port]
-            .as_str()
-            .and_then(|addr| addr.parse().ok())
-            .expect("an address")
+        address(&self.addresses, port)
     }
 
     fn state(&self) -> PathBuf {
         self.directory.path().join("state")
     }
 
-    /// What the admin port says to `line`, a request line.
     fn ask(&self, line: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(self.addr("admin")).expect("the admin port");
-        write!(
-            stream,
-            "{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        )
-        .expect("sent");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("an answer");
-        let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
-        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body);
-        (
-            status.expect("a status"),
-            body.unwrap_or_default().to_owned(),
-        )
+        ask(self.addr("admin"), line)
     }
 
     async fn connect(&self) -> std::io::Result<Connection> {
-        let bundle = fs::read(self.state().join("bundle.pem")).expect("a bundle");
-        let roots: Vec<_> = CertificateDer::pem_slice_iter(&bundle)
-            .collect::<Result<_, _>>()
-            .expect("certificates");
-        let config = trusting(roots.iter().map(AsRef::as_ref));
-        Connection::open(self.addr("webhook"), "malha.malha-system.svc", config).await
+        connect(&self.state(), &self.addresses).await
     }
 
     /// What was logged so far; fails where a line is not one JSON object.
@@ -93,6 +68,71 @@ impl Plane {
             .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}")))
             .collect()
     }
+}
+
+/// A child that is gone when the test ends.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn arguments(state: &str) -> Vec<&str> {
+    let mut args = vec!["serve", "--standalone", state];
+    for addr in ["--webhook-addr", "--ca-addr", "--admin-addr"] {
+        args.extend([addr, "127.0.0.1:0"]);
+    }
+    args
+}
+
+/// Where it listens, once it does.
+fn wait_for_addresses(state: &Path) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Ok(addresses) = fs::read(state.join("addresses.json")) {
+            return serde_json::from_slice(&addresses).expect("JSON");
+        }
+        assert!(Instant::now() < deadline, "it never serves");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn address(addresses: &Value, port: &str) -> SocketAddr {
+    addresses[port]
+        .as_str()
+        .and_then(|addr| addr.parse().ok())
+        .expect("an address")
+}
+
+/// What the admin port says to `line`, a request line.
+fn ask(admin: SocketAddr, line: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(admin).expect("the admin port");
+    write!(
+        stream,
+        "{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    .expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body);
+    (
+        status.expect("a status"),
+        body.unwrap_or_default().to_owned(),
+    )
+}
+
+async fn connect(state: &Path, addresses: &Value) -> std::io::Result<Connection> {
+    let bundle = fs::read(state.join("bundle.pem")).expect("a bundle");
+    let roots: Vec<_> = CertificateDer::pem_slice_iter(&bundle)
+        .collect::<Result<_, _>>()
+        .expect("certificates");
+    let config = trusting(roots.iter().map(AsRef::as_ref));
+    let webhook = address(addresses, "webhook");
+    Connection::open(webhook, "malha.malha-system.svc", config).await
 }
 
 #[test]
@@ -190,6 +230,39 @@ async fn every_decision_is_one_line_of_json_whatever_it_is_about() {
         assert!(line["reason"].is_string() && line["dry_run"] == false);
     }
     assert_eq!(lines[0]["uid"], "plain");
+}
+
+/// Nobody reads what is logged, so the pipe is full after some hundred lines and the queue after some thousand.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_reads_delays_no_admission() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let state = directory.path().join("state");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_malha"));
+    command.args(arguments(state.to_str().expect("UTF-8")));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("malha starts");
+    let ears_shut = child.stderr.take();
+    let program = Guard(child);
+    let addresses = wait_for_addresses(&state);
+    let mut connection = connect(&state, &addresses).await.expect("a handshake");
+    let review = review::of_pod("u", "shop", &json!({"spec": {}})).to_string();
+    let flood = 10_000;
+    for _ in 0..flood {
+        let answer = connection.post("/inject/ns", review.as_bytes()).await;
+        assert_eq!(answer.expect("an answer").status, 200);
+    }
+    let (_, metrics) = ask(address(&addresses, "admin"), "GET /metrics");
+    let lost: f64 = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("malha_log_lines_lost_total "))
+        .and_then(|lost| lost.parse().ok())
+        .expect("a count");
+    assert!(lost > 0.0 && lost < f64::from(flood), "{lost} lines lost");
+    drop((program, ears_shut));
 }
 
 #[tokio::test(flavor = "multi_thread")]
