@@ -6,6 +6,7 @@ mod journal;
 mod lease;
 mod manifests;
 mod pods;
+mod programs_build;
 mod rig;
 mod rig_holds;
 mod signing;
