@@ -1,12 +1,21 @@
 //! Tests against a real API server, in a binary of their own: `rig` starts it, the other modules each hold a subject.
 #![cfg(feature = "controller")]
 
+mod admission;
+mod authority;
 mod ca_bundle;
+#[path = "../support/dice.rs"]
+mod dice;
+mod generated;
+#[path = "../support/pods.rs"]
+mod generator;
 mod journal;
 mod lease;
 mod manifests;
+mod outage;
 mod pods;
 mod programs_build;
+mod rbac;
 mod rig;
 mod rig_holds;
 mod signing;

@@ -14,8 +14,10 @@
 //! cluster-wide objects for itself, starts a cluster of its own with [`Cluster::start`].
 
 pub(crate) mod grants;
+pub(crate) mod handshakes;
 pub(crate) mod outside;
 pub(crate) mod pki;
+pub(crate) mod pods;
 pub(crate) mod process;
 pub(crate) mod programs;
 
@@ -390,24 +392,12 @@ impl Cluster {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
-        use tokio::io::AsyncWriteExt;
-        let mut child = tokio::process::Command::new(self.programs.path("kubectl"))
+        let mut kubectl = tokio::process::Command::new(self.programs.path("kubectl"));
+        kubectl
             .env("KUBECONFIG", kubeconfig)
             .env("HOME", self.dir()) // the discovery cache of another cluster must not answer for this one
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("kubectl starts");
-        let mut stdin = child.stdin.take().expect("stdin is piped");
-        if let Some(input) = input {
-            // kubectl may refuse before it has read everything; its own words say so.
-            let _ = stdin.write_all(input.as_bytes()).await;
-        }
-        drop(stdin);
-        child.wait_with_output().await.expect("kubectl ends")
+            .args(args);
+        run(kubectl, input).await
     }
 
     // -- a place for a test --
@@ -550,6 +540,26 @@ where
         );
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
+}
+
+/// Runs a program to its end with `input` as its standard input.
+pub(crate) async fn run(mut command: tokio::process::Command, input: Option<&str>) -> Output {
+    use tokio::io::AsyncWriteExt;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    let write = async move {
+        // A program may refuse before it has read everything; its own words say so.
+        let _ = stdin.write_all(input.unwrap_or_default().as_bytes()).await;
+    };
+    // Both at once: a program that answers while it reads would fill its pipe and wait for us for ever.
+    let ((), output) = tokio::join!(write, child.wait_with_output());
+    output.unwrap_or_else(|error| panic!("cannot wait for {command:?}: {error}"))
 }
 
 /// kube's client takes the process-wide provider. Tests run side by side, so the first one wins and all are equal.

@@ -38,11 +38,10 @@ struct Call {
     user: String,
     verb: String,
     group: String,
-    /// With the subresource behind a slash.
+    /// With the subresource behind a slash; a path of the API server where there is no resource.
     resource: String,
     namespace: String,
     name: String,
-    status: u64,
 }
 
 impl Grants {
@@ -77,8 +76,8 @@ impl Grants {
         &self.rules
     }
 
-    /// The calls since the last look that are not granted, or that the API server refused for want of a right.
-    /// Empty is good.
+    /// The calls since the last look that no rule covers; empty is good. What the API server answered is not asked: in
+    /// its first moments it refuses what is granted, too, because it has not read its own rules yet.
     pub(crate) fn surplus_calls(&self) -> Vec<String> {
         let calls: BTreeSet<_> = self
             .new_events()
@@ -87,7 +86,7 @@ impl Grants {
             .collect();
         calls
             .iter()
-            .filter(|call| call.status == 403 || !self.rules.iter().any(|rule| rule.allows(call)))
+            .filter(|call| !self.rules.iter().any(|rule| rule.allows(call)))
             .map(|call| format!("{call:?}"))
             .collect()
     }
@@ -109,8 +108,7 @@ impl Grants {
             .collect()
     }
 
-    /// The call of an event, if one of our accounts made it and it is about a resource. Paths without a resource
-    /// (discovery, version, keys) are open to every account by the API server's own default bindings.
+    /// The call of an event, if one of our accounts made it.
     fn call(&self, event: &Value) -> Option<Call> {
         let user = event["user"]["username"].as_str()?;
         let account = user
@@ -119,11 +117,15 @@ impl Grants {
         if !matches!(account, ":malha" | ":malha-ca-rotate") {
             return None;
         }
-        let object = event.get("objectRef")?;
+        let object = &event["objectRef"];
         let text = |field: &str| object[field].as_str().unwrap_or_default().to_owned();
-        let resource = match object["subresource"].as_str() {
-            None => text("resource"),
-            Some(subresource) => format!("{}/{subresource}", text("resource")),
+        let resource = match (object.is_object(), object["subresource"].as_str()) {
+            (false, _) => {
+                let uri = event["requestURI"].as_str()?;
+                uri.split_once('?').map_or(uri, |(path, _)| path).to_owned()
+            }
+            (true, None) => text("resource"),
+            (true, Some(subresource)) => format!("{}/{subresource}", text("resource")),
         };
         Some(Call {
             user: user.to_owned(),
@@ -132,28 +134,28 @@ impl Grants {
             resource,
             namespace: text("namespace"),
             name: text("name"),
-            status: event["responseStatus"]["code"].as_u64().unwrap_or(0),
         })
     }
 }
 
 impl Rule {
     fn allows(&self, call: &Call) -> bool {
-        let has = |list: Option<&Vec<String>>, wanted: &String| {
-            list.is_some_and(|list| list.contains(wanted))
+        let has = |list: &Option<Vec<String>>, wanted: &String| {
+            list.as_ref().is_some_and(|list| list.contains(wanted))
         };
         let names = self
             .rule
             .resource_names
             .as_ref()
             .filter(|names| !names.is_empty());
+        let resource = has(&self.rule.api_groups, &call.group)
+            && has(&self.rule.resources, &call.resource)
+            && names.is_none_or(|names| names.contains(&call.name));
         self.namespace
             .as_ref()
             .is_none_or(|namespace| *namespace == call.namespace)
             && self.rule.verbs.contains(&call.verb)
-            && has(self.rule.api_groups.as_ref(), &call.group)
-            && has(self.rule.resources.as_ref(), &call.resource)
-            && names.is_none_or(|names| names.contains(&call.name))
+            && (resource || has(&self.rule.non_resource_urls, &call.resource))
     }
 }
 

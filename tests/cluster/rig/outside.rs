@@ -7,10 +7,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, Patch, PatchParams};
 use nix::ifaddrs::getifaddrs;
@@ -20,7 +22,7 @@ use tokio::sync::OnceCell;
 
 use super::grants::Grants;
 use super::process::Process;
-use super::{Cluster, eventually, free_ports, skip};
+use super::{Cluster, free_ports, skip};
 
 /// The control plane's namespace and the name of its Service and ServiceAccount, as `manifests/base` has them.
 pub(crate) const NAMESPACE: &str = "malha-system";
@@ -91,19 +93,19 @@ impl ControlPlane {
         let grants = Grants::of(cluster, NAMESPACE).await?;
         let replicas = (0..replicas).map(|_| Replica::new(cluster, address));
         let replicas = futures::future::try_join_all(replicas).await?;
-        for replica in &replicas {
+        let plane = Self { replicas, grants };
+        for replica in &plane.replicas {
             replica.process.start()?;
         }
-        for replica in &replicas {
-            replica.ready().await;
+        for replica in &plane.replicas {
+            if let Err(not_ready) = replica.until_ready().await {
+                // The usual reason, and one that the replica itself can only guess.
+                let surplus = plane.grants.surplus_calls();
+                bail!("{not_ready:#}\ncalls that manifests/base does not grant: {surplus:#?}");
+            }
             replica.publish(cluster, true).await;
         }
-        Ok(Self { replicas, grants })
-    }
-
-    /// What is granted to the control plane's accounts.
-    pub(crate) fn grants(&self) -> &Grants {
-        &self.grants
+        Ok(plane)
     }
 
     fn assert_every_call_was_granted(&self) {
@@ -118,13 +120,32 @@ impl ControlPlane {
         );
     }
 
+    /// The operator's overrides of what is injected, as the replicas have them.
+    pub(crate) fn injector_config(&self) -> PathBuf {
+        let replica = self.replicas.first().expect("a control plane has replicas");
+        replica.config.with_file_name("injector.yaml")
+    }
+
     /// The replicas, in the order in which they were started.
     pub(crate) fn replicas(&self) -> &[Replica] {
         &self.replicas
     }
 
+    /// The replica that holds the Lease.
+    pub(crate) async fn leader(&self, cluster: &Cluster) -> Option<&Replica> {
+        let leases: Api<Lease> = Api::namespaced(cluster.client().await, NAMESPACE);
+        let lease = leases
+            .get_opt("malha-leader")
+            .await
+            .expect("the API server answers")?;
+        let holder = lease.spec?.holder_identity?;
+        self.replicas
+            .iter()
+            .find(|replica| holder.contains(replica.process.name()))
+    }
+
     /// Keeps each EndpointSlice as the kubelet's probes and the endpoint controller would: ready while `/readyz` is.
-    /// Runs until the returned task is dropped.
+    /// Never ends by itself.
     pub(crate) async fn follow_readiness(&self, cluster: &Cluster) {
         let mut published = vec![None; self.replicas.len()];
         loop {
@@ -168,6 +189,7 @@ pub(crate) struct Replica {
     /// Where it tells its health, on loopback.
     pub(crate) admin: SocketAddr,
     slice: String,
+    config: PathBuf,
 }
 
 impl Replica {
@@ -176,6 +198,7 @@ impl Replica {
         let kubeconfig = cluster.service_account(NAMESPACE, NAME).await;
         let name = format!("{NAME}-outside-{}", cluster.next());
         let [webhook, ca, admin] = free_ports()?;
+        let config = mounted_config(cluster, &name).await?;
         let wildcard = match address {
             IpAddr::V4(_) => "0.0.0.0",
             IpAddr::V6(_) => "[::]",
@@ -188,6 +211,7 @@ impl Replica {
         )
         .args([
             "serve".to_owned(),
+            format!("--config={}", config.display()),
             format!("--webhook-addr={wildcard}:{webhook}"),
             format!("--ca-addr={wildcard}:{ca}"),
             format!("--admin-addr=127.0.0.1:{admin}"),
@@ -201,6 +225,7 @@ impl Replica {
             ca: SocketAddr::new(address, ca),
             admin: SocketAddr::from(([127, 0, 0, 1], admin)),
             slice: name,
+            config,
         })
     }
 
@@ -211,19 +236,25 @@ impl Replica {
 
     /// Waits until it says that it is ready.
     pub(crate) async fn ready(&self) {
-        eventually(
-            PATIENCE,
-            &format!("{} ready", self.process.name()),
-            || async {
-                if let Err(ended) = self.process.check() {
-                    panic!("{ended:#}");
-                }
-                self.readyz()
-                    .await
-                    .map_err(|not_yet| format!("{not_yet}\n{}", self.process.tail(20)))
-            },
-        )
-        .await;
+        if let Err(not_ready) = self.until_ready().await {
+            panic!("{not_ready:#}");
+        }
+    }
+
+    async fn until_ready(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(not_yet) = self.readyz().await {
+            self.process.check()?;
+            let name = self.process.name();
+            if Instant::now() > deadline {
+                let log = self.process.tail(20);
+                bail!(
+                    "{name} is not ready after {PATIENCE:?}: {not_yet}; the end of its log:\n{log}"
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        Ok(())
     }
 
     /// Asks `/readyz` once; the error is what it says instead of yes.
@@ -273,7 +304,6 @@ impl Replica {
 
     /// The Service's ports by name, each with the number on which this replica listens instead.
     async fn ports(&self, cluster: &Cluster) -> serde_json::Value {
-        use k8s_openapi::api::core::v1::Service;
         let services: Api<Service> = Api::namespaced(cluster.client().await, NAMESPACE);
         let service = services
             .get(NAME)
@@ -323,6 +353,22 @@ fn usable_as_endpoint(address: &IpAddr) -> bool {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
         IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && !v6.is_unspecified(),
     }
+}
+
+/// The ConfigMap of `manifests/base` as files, as the kubelet mounts it at `/etc/malha`; the path of its settings.
+async fn mounted_config(cluster: &Cluster, replica: &str) -> Result<PathBuf> {
+    let config_maps: Api<ConfigMap> = Api::namespaced(cluster.client().await, NAMESPACE);
+    let config = config_maps.get("malha-config").await?;
+    let dir = cluster.dir().join(format!("{replica}.config"));
+    std::fs::create_dir(&dir)?;
+    for (file, text) in config.data.unwrap_or_default() {
+        let text = text.replace(
+            "/etc/malha",
+            dir.to_str().context("the directory's path is UTF-8")?,
+        );
+        std::fs::write(dir.join(file), text)?;
+    }
+    Ok(dir.join("malha.yaml"))
 }
 
 /// One plain HTTP/1.1 GET: status and body.
