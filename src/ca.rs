@@ -61,6 +61,7 @@ struct Kept {
     bounds: Validity,
     /// The newest instant in the journal.
     newest: Timestamp,
+    shortest_life: Duration,
     longest_life: Duration,
     shortest_rest: Duration,
 }
@@ -110,6 +111,7 @@ impl Authority {
                 above_leaf: above_leaf.iter().map(|c| c.der().to_owned()).collect(),
                 bounds,
                 newest: journal.newest(),
+                shortest_life: leaf.min,
                 longest_life: journal.longest_leaf(),
                 shortest_rest: leaf.min.max(SHORTEST_REST),
             }),
@@ -154,8 +156,8 @@ impl Authority {
         self.kept.bounds
     }
 
-    /// Signs a public key with the profile's names and usages, for `life` from `now` on but never beyond a certificate
-    /// of its chain.
+    /// Signs a public key with the profile's names and usages, for `life` from `now` on (within the bounds of the
+    /// settings), but never beyond a certificate of its chain.
     ///
     /// # Errors
     /// [`AuthorityError::IssuerExpiring`] where the issuer's rest is too short to be useful: a certificate for one second
@@ -180,7 +182,7 @@ impl Authority {
         }
         let validity = Validity {
             not_before: back(now, LEAF_BACKDATE),
-            not_after: on(now, life.min(kept.longest_life)),
+            not_after: on(now, life.max(kept.shortest_life).min(kept.longest_life)),
         }
         .inside(kept.bounds)
         .in_whole_seconds();
@@ -235,11 +237,15 @@ impl Authority {
         {
             return Err(AuthorityError::JournalStale(until));
         }
-        let end = kept.bounds.not_after;
-        if on(now, kept.shortest_rest) > end {
-            return Err(AuthorityError::IssuerExpiring(end));
+        if self.has_ended(now) {
+            return Err(AuthorityError::IssuerExpiring(kept.bounds.not_after));
         }
         Ok(())
+    }
+
+    /// Whether the issuer's rest is too short for any leaf.
+    pub(crate) fn has_ended(&self, now: Timestamp) -> bool {
+        on(now, self.kept.shortest_rest) > self.kept.bounds.not_after
     }
 }
 

@@ -35,7 +35,7 @@ pub use self::{
 use crate::{
     ca::{
         Authority, AuthorityError, KeyId,
-        journal::{HomeError, Journal, JournalHome, Stored},
+        journal::{HomeError, JournalHome, Stored},
         rotation::{self, PolicyError, Refusal, RotationPolicy},
     },
     clock::Clock,
@@ -104,6 +104,7 @@ impl<H: JournalHome> Custody<H> {
         let authority = Authority::from_journal(&stored.journal, &policy.leaf)?;
         authority.rehearse(now)?;
         metrics.read(&stored.journal);
+        metrics.leaves_live(policy.leaf.default);
         let custody = Arc::new(Self {
             published: watch::Sender::new(Arc::new(authority.fresh_until(stale_after(now)))),
             held: Mutex::new(Held {
@@ -117,11 +118,11 @@ impl<H: JournalHome> Custody<H> {
             metrics,
             pace,
         });
-        if custody.is_behind(&stored.journal, now)
+        if custody.authority().has_ended(now)
             && let Err(error) = custody.tick().await
         {
             // Nothing is signed with it meanwhile (`IssuerExpiring`), and the leader goes on trying.
-            tracing::error!(%error, "the CA journal could not be brought up to date at start");
+            tracing::error!(%error, "the intermediate has ended and could not be replaced at start");
         }
         Ok(custody)
     }
@@ -163,7 +164,7 @@ impl<H: JournalHome> Custody<H> {
         let _turn = self.turn.lock().await;
         let advanced = self.advance(Goal::WhatIsDue).await;
         match &advanced {
-            Ok(ticked) => self.metrics.ticked(self.clock.now(), &ticked.done),
+            Ok(_) => self.metrics.ticked(self.clock.now()),
             Err(error) => self.report(error),
         }
         advanced
@@ -188,11 +189,12 @@ impl<H: JournalHome> Custody<H> {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                changed = leader.changed(), if watching => {
-                    watching = changed.is_ok();
-                    let leads = watching && *leader.borrow_and_update();
-                    duty = if leads { Duty::Claim } else { Duty::Follow };
-                }
+                changed = leader.changed(), if watching => match changed {
+                    Ok(()) if *leader.borrow_and_update() => duty = Duty::Claim,
+                    Ok(()) => duty = Duty::Follow,
+                    // The last word stands. If another process leads, its epoch says so.
+                    Err(_) => watching = false,
+                },
                 () = sleep(pause) => {}
             }
             if duty == Duty::Follow {
@@ -301,14 +303,6 @@ impl<H: JournalHome> Custody<H> {
         });
     }
 
-    /// Whether a process should not begin to sign with this journal.
-    fn is_behind(&self, journal: &Journal, now: Timestamp) -> bool {
-        let end = self.authority().issuer_validity().not_after;
-        let rest = end.duration_since(now);
-        journal.longest_leaf() < self.policy.leaf.max
-            || Duration::try_from(rest).map_or(true, |rest| rest < self.policy.leaf.max)
-    }
-
     fn report(&self, error: &CustodyError) {
         let step = error.step();
         self.metrics.failed(step);
@@ -380,7 +374,7 @@ async fn load_or_found<H: JournalHome>(
             return Ok(stored);
         }
         // Another process may have founded it after our look, and left its traces before this one: look again.
-        if home.has_earlier_life().await? {
+        if advance::in_time(home.has_earlier_life()).await? {
             return load(home).await?.ok_or(CustodyError::JournalLost);
         }
         let (root_key, intermediate_key) = (dice::key()?, dice::key()?);
@@ -394,7 +388,7 @@ async fn load_or_found<H: JournalHome>(
             now,
             policy,
         )?;
-        match home.create(&journal).await {
+        match advance::in_time(home.create(&journal)).await {
             Ok(_) => {
                 tracing::info!(root = %journal.active().id(), "made the first root of {trust_domain}")
             }

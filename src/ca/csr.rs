@@ -296,7 +296,7 @@ impl<'a> Signed<'a> {
     fn prove(&self, key: &PublicKey) -> Result<(), CsrError> {
         let algorithm = SignatureAlgorithm::of(self.algorithm);
         let verification = algorithm.and_then(|algorithm| algorithm.verification(key.kind));
-        let usable = key.usable(verification.unwrap_or(key.kind.usual_verification()))?;
+        let usable = key.usable(verification.unwrap_or_else(|| key.kind.usual_verification()))?;
         let refused = |why| Err(CsrError::BadProofOfPossession(why));
         match (algorithm, verification) {
             (None, _) => refused(

@@ -167,7 +167,7 @@ mod tests {
             (format!("{text}trailing"), true),
         ] {
             let read = parse(form.as_bytes()).expect("whole blocks");
-            assert_eq!(read.blocks, [block.clone()]);
+            assert_eq!(read.blocks, std::slice::from_ref(&block));
             assert_eq!(read.text_after, text_after, "{form}");
         }
     }

@@ -370,7 +370,7 @@ fn a_journal_that_was_not_read_for_too_long_signs_nothing() {
 }
 
 #[test]
-fn no_life_exceeds_what_the_journal_says_was_granted() {
+fn a_life_stays_within_the_settings_and_what_the_journal_says_was_granted() {
     let now = at(NOON);
     let authority = authority(&founded(now, &RotationPolicy::default()));
     let key = new_key().public_key();
@@ -380,6 +380,13 @@ fn no_life_exceeds_what_the_journal_says_was_granted() {
             .issue(&key, &workload("a", "b"), life, serial, now)
             .expect("a certificate");
         assert_eq!(issued.validity.not_after, at("2026-11-29T12:00:00Z"));
+    }
+    for life in [Duration::ZERO, Duration::from_secs(1)] {
+        let serial = Serial::random(roll());
+        let issued = authority
+            .issue(&key, &workload("a", "b"), life, serial, now)
+            .expect("a certificate");
+        assert_eq!(issued.validity.not_after, at("2026-11-22T12:05:00Z"));
     }
 }
 

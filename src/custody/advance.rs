@@ -213,21 +213,22 @@ fn decide(
 }
 
 pub(super) async fn load<H: JournalHome>(home: &H) -> Result<Option<Stored>, HomeError> {
-    timeout(PATIENCE, home.load())
-        .await
-        .unwrap_or_else(|late| Err(silent(late)))
+    in_time(home.load()).await
 }
 
 async fn save<H: JournalHome>(home: &H, seen: &str, journal: &Journal) -> Result<(), HomeError> {
-    timeout(PATIENCE, home.replace(seen, journal))
-        .await
-        .unwrap_or_else(|late| Err(silent(late)))
-        .map(|_| ())
+    in_time(home.replace(seen, journal)).await.map(|_| ())
 }
 
-fn silent(late: tokio::time::error::Elapsed) -> HomeError {
-    HomeError::Unreachable {
-        home: "the CA journal's home".to_owned(),
-        source: Box::new(late),
+/// What a home answers, unless it takes too long.
+pub(super) async fn in_time<T>(
+    answer: impl Future<Output = Result<T, HomeError>>,
+) -> Result<T, HomeError> {
+    match timeout(PATIENCE, answer).await {
+        Ok(answer) => answer,
+        Err(late) => Err(HomeError::Unreachable {
+            home: "the CA journal's home".to_owned(),
+            source: Box::new(late),
+        }),
     }
 }

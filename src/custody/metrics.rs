@@ -1,6 +1,6 @@
 //! What custody tells about certificates and rotation. Instants, not "seconds left": whoever asks knows the time.
 
-use std::sync::atomic::AtomicI64;
+use std::{sync::atomic::AtomicI64, time::Duration};
 
 use jiff::Timestamp;
 use prometheus_client::{
@@ -13,7 +13,6 @@ use crate::ca::{
     Validity,
     certificate::CaCertificate,
     journal::{IntermediateState, Journal, Phase},
-    rotation::Done,
 };
 
 /// The `malha_ca_*` gauges and counters of certificates and rotation.
@@ -24,7 +23,6 @@ pub struct Metrics {
     leaf_lifetime: Gauge<i64, AtomicI64>,
     phase: Family<PhaseLabel, Gauge<i64, AtomicI64>>,
     last_success: Gauge<i64, AtomicI64>,
-    last_rotation: Gauge<i64, AtomicI64>,
     errors: Family<StepLabel, Counter>,
     generation: Gauge<i64, AtomicI64>,
     matches: Gauge<i64, AtomicI64>,
@@ -97,7 +95,7 @@ impl Metrics {
         );
         registry.register(
             "malha_ca_leaf_lifetime_seconds",
-            "The longest life that a workload's certificate may be granted",
+            "How long a workload's certificate lives unless it asks for another life",
             self.leaf_lifetime.clone(),
         );
         registry.register(
@@ -109,11 +107,6 @@ impl Metrics {
             "malha_ca_rotation_last_success_timestamp_seconds",
             "When the leader last did everything that was due, also where nothing was",
             self.last_success.clone(),
-        );
-        registry.register(
-            "malha_ca_rotation_last_change_timestamp_seconds",
-            "When this process last wrote a rotation into the journal",
-            self.last_rotation.clone(),
         );
         registry.register(
             "malha_ca_rotation_errors",
@@ -135,8 +128,6 @@ impl Metrics {
     pub(super) fn read(&self, journal: &Journal) {
         self.matches(true);
         self.generation.set(saturate(journal.generation()));
-        self.leaf_lifetime
-            .set(saturate(journal.longest_leaf().as_secs()));
         for phase in [
             Phase::Prepared,
             Phase::Published,
@@ -173,11 +164,13 @@ impl Metrics {
         self.show(kind, "active", Some(validity));
     }
 
-    pub(super) fn ticked(&self, now: Timestamp, done: &[Done]) {
+    /// The default, not the longest: what is nearer to its end than a quarter of this is late.
+    pub(super) fn leaves_live(&self, life: Duration) {
+        self.leaf_lifetime.set(saturate(life.as_secs()));
+    }
+
+    pub(super) fn ticked(&self, now: Timestamp) {
         self.last_success.set(now.as_second());
-        if !done.is_empty() {
-            self.last_rotation.set(now.as_second());
-        }
     }
 
     pub(super) fn failed(&self, step: Step) {

@@ -11,7 +11,7 @@ use prometheus_client::{encoding::text::encode, registry::Registry};
 use super::*;
 use crate::ca::{
     KeyedChain, Serial,
-    journal::{IntermediateState, Phase},
+    journal::{IntermediateState, Journal, Phase},
     peer::{self, Side},
     profile::Profile,
     rotation::Done,
@@ -247,7 +247,7 @@ async fn the_first_start_makes_one_root_and_the_second_finds_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r12_fifty_replicas_starting_at_once_make_one_root() {
-    for run in 0..40 {
+    for run in 0..100 {
         let (home, hand) = (MemoryHome::default(), Hand::at(at(BIRTH)));
         let mut openers = tokio::task::JoinSet::new();
         for _ in 0..50 {
@@ -819,7 +819,7 @@ async fn metrics_name_every_certificate_with_its_end() {
     assert_eq!(sample(&text, "malha_ca_generation"), Some(1));
     assert_eq!(
         sample(&text, "malha_ca_leaf_lifetime_seconds"),
-        Some(7 * 86_400)
+        Some(86_400)
     );
     assert_eq!(
         sample(&text, "malha_ca_rotation_phase{phase=\"active\"}"),
@@ -929,7 +929,7 @@ mod kept {
     }
 
     #[tokio::test]
-    async fn an_outage_is_waited_out_and_a_closed_lease_is_no_lead() {
+    async fn an_outage_is_waited_out_and_the_last_word_of_a_closed_channel_stands() {
         let (home, hand) = (MemoryHome::default(), Hand::at(at(BIRTH)));
         let metrics = Metrics::default();
         let custody = open_with(&home, &hand, metrics.clone()).await;
@@ -946,10 +946,8 @@ mod kept {
         })
         .await;
         drop(leads);
-        reads(&home, 3).await;
         hand.advance(16 * DAY);
-        reads(&home, 5).await;
-        assert_eq!(home.writes(), 4, "it does not lead any more");
+        until("it leads on", || home.writes() == 6).await;
         let before = home.0.loads.load(Ordering::Relaxed);
         sleep(FAST.period * 20).await;
         let loads = home.0.loads.load(Ordering::Relaxed) - before;

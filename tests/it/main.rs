@@ -1,5 +1,6 @@
 //! Integration tests: one binary, one module a subject.
 
+mod ca;
 #[path = "../support/dice.rs"]
 mod dice;
 mod inject_golden;
