@@ -37,7 +37,9 @@ pub async fn keep_serving<H: JournalHome>(
             Ok(keyed) => {
                 failures = 0;
                 custody.metrics.serves(kind(&profile), keyed.validity);
-                let renew_at = early(keyed.validity.half(), now);
+                // Below an issuer near its end halves get short; a pause there must be.
+                let soonest = after(now, custody.pace.retry);
+                let renew_at = early(keyed.validity.half(), now).max(soonest);
                 out.send_replace(Some(Arc::new(keyed)));
                 renew_at
             }

@@ -1091,3 +1091,79 @@ async fn reads_never_go_back_in_time() {
         Phase::Active
     );
 }
+
+/// Replicas come and go, clocks run, writes are lost, refused and repeated, verbs are typed in between, in any order.
+#[tokio::test]
+async fn whatever_happens_in_whatever_order_every_leaf_is_accepted_by_every_replica() {
+    struct Dice(u64);
+    impl Dice {
+        fn below(&mut self, bound: usize) -> usize {
+            let Self(state) = self;
+            *state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(*state >> 33).expect("31 bits") % bound
+        }
+    }
+    for seed in 0..40 {
+        let mut dice = Dice(seed);
+        let (home, hand) = (MemoryHome::default(), Hand::at(at(BIRTH)));
+        let mut replicas = vec![open(&home, &hand).await];
+        let mut past: Vec<(Timestamp, Vec<Vec<u8>>)> = Vec::new();
+        let bundle = replicas[0].authority().bundle().clone();
+        let mut epoch = 0;
+        for act in 0..60 {
+            let story = format!("seed {seed}, act {act}");
+            let faults = [
+                Fault::None,
+                Fault::Conflict,
+                Fault::KilledBefore,
+                Fault::KilledAfter,
+            ];
+            let plan: Vec<Fault> = (0..dice.below(4)).map(|_| faults[dice.below(4)]).collect();
+            home.plan(&plan);
+            let chosen = dice.below(replicas.len());
+            match dice.below(9) {
+                0 if replicas.len() < 4 => replicas.extend(try_open(&home, &hand).await.ok()),
+                1 if replicas.len() > 1 => drop(replicas.remove(chosen)),
+                2 => drop(replicas[chosen].claim().await),
+                3 => {
+                    let request = RotateRequest {
+                        intermediate: true,
+                        ..Default::default()
+                    };
+                    drop(rotate(&home, &policy(), request, &hand.clock()).await);
+                }
+                4 | 5 => hand.advance(HOUR * u32::try_from(dice.below(200)).expect("small")),
+                6 => drop(replicas[chosen].refresh().await),
+                _ => drop(replicas[chosen].tick().await),
+            }
+            home.plan(&[]);
+            let journal = home.journal().expect(&story);
+            assert_eq!(journal.bundle(), bundle, "{story}");
+            assert!(journal.epoch() >= epoch, "{story}");
+            epoch = journal.epoch();
+            let now = hand.now();
+            past.retain(|(end, _)| now < *end);
+            for replica in &replicas {
+                assert_eq!(*replica.authority().bundle(), bundle);
+                let (key, serial) = (new_key().public_key(), Serial::for_workload(now, roll()));
+                match replica
+                    .authority()
+                    .issue(&key, &workload("a", "b"), DAY, serial, now)
+                {
+                    Ok(issued) => past.push((issued.validity.not_after, issued.chain)),
+                    Err(error) => assert_ne!(error.code(), "SignFailed", "{story}: {error}"),
+                }
+            }
+            for (_, chain) in past.iter().rev().take(12) {
+                peer::verify(chain, &bundle, Side::Client, now)
+                    .unwrap_or_else(|error| panic!("{story}: {error}"));
+            }
+        }
+        let last = open(&home, &hand).await;
+        last.claim().await.expect("leads");
+        last.tick().await.expect("all is well in the end");
+        accepts(&last.authority(), &last.authority(), hand.now());
+    }
+}

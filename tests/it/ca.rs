@@ -357,6 +357,28 @@ fn openssl_accepts_dates_beyond_2050_and_a_long_trust_domain() {
 }
 
 #[test]
+fn openssl_accepts_leaves_below_p384_authorities() {
+    let now = system().now();
+    let key = || {
+        let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).expect("a key");
+        SecretKey::from_pkcs8(Zeroizing::new(pair.serialize_der())).expect("a P-384 key")
+    };
+    let policy = RotationPolicy::default();
+    let (journal, _) =
+        first(&mesh(), key(), key(), [roll(), roll()], now, &policy).expect("founded");
+    let journal = Journal::from_json(&journal.to_json()).expect("our own text");
+    let authority = authority(&journal);
+    authority.rehearse(now).expect("rustls accepts them");
+    let profile = Profile::Workload(id("a", "b"));
+    let leaf_key = new_key().public_key();
+    let issued = authority
+        .issue(&leaf_key, &profile, DAY, Serial::random(roll()), now)
+        .expect("issued");
+    let (ok, said) = Verifier::of(authority.bundle()).verify(&issued.chain, "sslclient", now, &[]);
+    assert!(ok, "{said}");
+}
+
+#[test]
 fn g05_serials_are_unique_over_100_000_issuances_of_two_replicas() {
     let now = system().now();
     let journal = founded(now);
