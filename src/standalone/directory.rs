@@ -1,6 +1,7 @@
 //! The directory: opened once, then handed to whoever keeps something in it.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -65,6 +66,10 @@ impl Directory {
     /// The system's.
     pub fn write_bundle(&self, bundle: &Bundle) -> Result<(), DirectoryError> {
         let pem = bundle.to_pem();
+        // most of the time, and by most of the processes that start together, it was written already
+        if fs::read(self.bundle()).is_ok_and(|present| present == pem.as_bytes()) {
+            return Ok(());
+        }
         files::replace(
             &self.bundle(),
             pem.as_bytes(),

@@ -25,6 +25,7 @@ use malha::{
     identity::TrustDomain,
     standalone::{Directory, DirectoryError, FileHome, LocalTokens, TokenMaker},
 };
+use nix::sys::resource::{Resource, setrlimit};
 
 const NOW: &str = "2026-11-22T10:00:00Z";
 
@@ -604,8 +605,9 @@ fn other_process() {
     };
     if let Ok(bytes) = env::var("MALHA_IT_BYTES") {
         let bytes = bytes.parse().unwrap();
-        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_FSIZE, bytes, bytes)
-            .unwrap();
+        setrlimit(Resource::RLIMIT_FSIZE, bytes, bytes).unwrap();
+        // the kernel's way to end a process here would leave a core file
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).unwrap();
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

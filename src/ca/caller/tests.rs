@@ -483,6 +483,80 @@ fn a_key_is_never_used_with_another_algorithm_than_its_own() {
     }
 }
 
+/// Kubernetes signs with RSA unless it is told otherwise.
+#[test]
+fn every_allowed_algorithm_is_accepted_with_its_own_hash_only() {
+    use aws_lc_rs::{
+        rand::SystemRandom,
+        signature::{
+            ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, RSA_PKCS1_SHA256, RSA_PKCS1_SHA384,
+            RSA_PKCS1_SHA512, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
+        },
+    };
+    use x509_parser::{prelude::FromDer, public_key::PublicKey, x509::SubjectPublicKeyInfo};
+
+    let rsa = rcgen::KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, rcgen::RsaKeySize::_2048);
+    let rsa = rsa.unwrap();
+    let p384 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+    let spki = rcgen::PublicKeyData::subject_public_key_info(&rsa);
+    let (_, spki) = SubjectPublicKeyInfo::from_der(&spki).unwrap();
+    let PublicKey::RSA(public) = spki.parsed().unwrap() else {
+        panic!("an RSA key")
+    };
+    let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+    let modulus = public.modulus.strip_prefix(&[0]).unwrap_or(public.modulus);
+    let point = p384.public_key_raw();
+    let jwks = json!({ "keys": [
+        { "kty": "RSA", "kid": "one", "n": text(modulus), "e": text(public.exponent) },
+        { "kty": "EC", "crv": "P-384", "kid": "one", "x": text(&point[1..49]), "y": text(&point[49..]) },
+    ]});
+    let keys = KeySet::parse(jwks.to_string().as_bytes()).unwrap();
+    assert_eq!(keys.len(), 2, "one id, two kinds");
+
+    let scene = |alg: &str| Scene {
+        header: json!({ "alg": alg, "kid": "one" }),
+        ..Scene::new()
+    };
+    let check = |scene: &Scene, signature: &[u8]| {
+        let token = format!("{}.{}", scene.signed_part(), text(signature));
+        verify(&token, &keys, &scene.policy, scene.now).map(|claims| claims.namespace)
+    };
+    let signer = RsaKeyPair::from_pkcs8(rsa.serialized_der()).unwrap();
+    let paddings: [(&str, &'static dyn RsaEncoding); 4] = [
+        ("RS256", &RSA_PKCS1_SHA256),
+        ("RS384", &RSA_PKCS1_SHA384),
+        ("RS512", &RSA_PKCS1_SHA512),
+        ("PS256", &RSA_PSS_SHA256),
+    ];
+    for (signed_as, padding) in paddings {
+        for alg in ["RS256", "RS384", "RS512"] {
+            let scene = scene(alg);
+            let mut signature = vec![0; signer.public_modulus_len()];
+            let signed = scene.signed_part();
+            signer
+                .sign(
+                    padding,
+                    &SystemRandom::new(),
+                    signed.as_bytes(),
+                    &mut signature,
+                )
+                .unwrap();
+            let outcome = check(&scene, &signature);
+            match signed_as == alg {
+                true => assert_eq!(outcome.unwrap(), "prod"),
+                false => assert_eq!(code(outcome), "TokenInvalid", "{signed_as} sent as {alg}"),
+            }
+        }
+    }
+    let signer =
+        EcdsaKeyPair::from_pkcs8(&ECDSA_P384_SHA384_FIXED_SIGNING, p384.serialized_der()).unwrap();
+    let scene = scene("ES384");
+    let signature = signer
+        .sign(&SystemRandom::new(), scene.signed_part().as_bytes())
+        .unwrap();
+    assert_eq!(check(&scene, signature.as_ref()).unwrap(), "prod");
+}
+
 #[test]
 fn an_unknown_key_says_whether_a_new_key_set_could_help() {
     let mut scene = Scene::new();
