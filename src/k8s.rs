@@ -127,9 +127,9 @@ impl fmt::Display for Access {
 /// Why the API server gave no answer that can be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    /// It said no, or could not be asked.
+    /// It said no, or could not be asked. The text holds the whole story, so there is no further source.
     #[error("{}", brief(.0))]
-    Refused(#[source] kube::Error),
+    Refused(kube::Error),
     /// No answer in time.
     #[error("the API server did not answer within {} s", .0.as_secs())]
     Silent(Duration),

@@ -112,11 +112,15 @@ impl Metrics {
         }
     }
 
-    fn tell(&self, webhook: &str, matches: bool) {
-        let webhook = webhook.to_owned();
-        self.matches
-            .get_or_create(&Webhook { webhook })
-            .set(i64::from(matches));
+    /// `None` where there is nothing that could match.
+    fn tell(&self, webhook: &str, matches: Option<bool>) {
+        let webhook = Webhook {
+            webhook: webhook.to_owned(),
+        };
+        match matches {
+            Some(matches) => drop(self.matches.get_or_create(&webhook).set(i64::from(matches))),
+            None => drop(self.matches.remove(&webhook)),
+        }
     }
 }
 
@@ -205,6 +209,7 @@ where
             seen.store(Arc::new(entries));
             tell.send_replace(());
         },
+        required: true,
         pace: Pace::default(),
         written: None,
     };
@@ -217,6 +222,7 @@ where
         notes,
         metrics,
         publish: |_| {},
+        required: false,
         pace: Pace::default(),
         written: None,
     };
@@ -238,6 +244,8 @@ struct Writer<K, T, P> {
     notes: Notes,
     metrics: Metrics,
     publish: P,
+    /// Without it the mesh is broken; without advice it is not.
+    required: bool,
     pace: Pace,
     /// The version our last write made, and when.
     written: Option<(u64, Instant)>,
@@ -303,9 +311,10 @@ where
     fn publish(&self, seen: Option<&K>) {
         let wanted = (self.bundle_of)(&self.wanted.borrow());
         let entries = seen.map(K::entries);
-        let matches = entries
-            .as_deref()
-            .is_some_and(|entries| drift(entries, &wanted).is_none());
+        let matches = match entries.as_deref() {
+            Some(entries) => Some(drift(entries, &wanted).is_none()),
+            None => self.required.then_some(false),
+        };
         self.metrics.tell(&self.name, matches);
         (self.publish)(entries);
     }
@@ -317,7 +326,7 @@ where
         };
         let entries = object.entries();
         let drift = drift(&entries, &wanted);
-        self.metrics.tell(&self.name, drift.is_none());
+        self.metrics.tell(&self.name, Some(drift.is_none()));
         let Some(drift) = drift else {
             return Outcome::Rest;
         };

@@ -228,10 +228,13 @@ impl Liveness for World {
     }
 }
 
-/// The API server says of a token whose pod is gone only that it is no good; our own check has the better word for it.
+/// The API server only says that a token is no good; where our own check has a word for it, that is the better one.
 fn sharper(offline: CallerError, reviewed: CallerError) -> CallerError {
     match (&offline, &reviewed) {
-        (CallerError::CallerGone(_), CallerError::TokenInvalid(_)) => offline,
+        (
+            CallerError::CallerGone(_) | CallerError::UnknownIssuer(_),
+            CallerError::TokenInvalid(_),
+        ) => offline,
         _ => reviewed,
     }
 }
@@ -289,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gone_pod_keeps_its_name_when_the_api_server_only_says_no() {
+    fn our_own_word_stays_when_the_api_server_only_says_no() {
         let gone = CallerError::CallerGone(Gone::PodUnknown("p".to_owned()));
         let no = CallerError::TokenInvalid("the API server refuses it".to_owned());
         let away = CallerError::VerifierUnavailable("timeout".to_owned());
@@ -300,6 +303,8 @@ mod tests {
             "nobody was refused by anybody"
         );
         let foreign = CallerError::UnknownIssuer("https://elsewhere".to_owned());
-        assert_eq!(sharper(foreign, no.clone()), no);
+        assert_eq!(sharper(foreign.clone(), no.clone()), foreign);
+        let broken = CallerError::UnknownKey("k".to_owned());
+        assert_eq!(sharper(broken, no.clone()), no);
     }
 }

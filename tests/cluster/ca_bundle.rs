@@ -329,6 +329,7 @@ async fn each_drift_is_repaired_in_two_seconds_by_one_write() {
     for (what, cause, bundle) in [
         ("blank", "blank", json!("")),
         ("absent", "blank", json!(null)),
+        ("garbage", "foreign", json!(ByteString(b"garbage".to_vec()))),
         ("another authority's", "foreign", json!(ByteString(foreign))),
         (
             "ours and another's",
@@ -356,7 +357,7 @@ async fn each_drift_is_repaired_in_two_seconds_by_one_write() {
     }
     let events = eventually(Duration::from_secs(5), "the repairs are told", || async {
         let events = bench.events().await;
-        (events.len() == 4)
+        (events.len() == 5)
             .then_some(events.clone())
             .ok_or_else(|| format!("{events:?}"))
     })
@@ -513,9 +514,8 @@ async fn somebody_who_undoes_each_write_at_once_is_not_fought() {
 async fn only_the_leader_writes_but_everyone_knows() {
     let stop = CancellationToken::new();
     let mut holding = None;
-    let cluster = match rig::shared().await {
-        Some(cluster) => cluster,
-        None => return,
+    let Some(cluster) = rig::shared().await else {
+        return;
     };
     let namespace = cluster.namespace("bundle", &[]).await;
     let Some(bench) = Bench::with(|client| {

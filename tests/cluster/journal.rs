@@ -97,8 +97,7 @@ async fn the_secret_changes_only_from_the_version_that_was_seen() {
     let error = home
         .create(&first.journal)
         .await
-        .err()
-        .expect("there is one already");
+        .expect_err("there is one already");
     assert!(matches!(error, HomeError::Conflict { .. }), "{error}");
     assert!(
         error
@@ -118,8 +117,7 @@ async fn the_secret_changes_only_from_the_version_that_was_seen() {
     let error = home
         .replace(&first.version, &first.journal)
         .await
-        .err()
-        .expect("changed since");
+        .expect_err("changed since");
     assert!(matches!(error, HomeError::Conflict { .. }), "{error}");
 
     let seen = home.load().await.expect("readable").expect("there");
@@ -175,7 +173,7 @@ async fn a_secret_that_holds_no_journal_is_named_and_left_alone() {
             .create(&PostParams::default(), &secret)
             .await
             .expect("made");
-        let error = home.load().await.err().expect("no journal");
+        let error = home.load().await.expect_err("no journal");
         assert!(matches!(error, HomeError::Unreadable { .. }), "{error}");
         assert!(
             error

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
+use k8s_openapi::api::core::v1::{Pod, Secret, ServiceAccount};
 use kube::{
     Api,
     api::{DeleteParams, PostParams},
@@ -332,18 +332,13 @@ async fn without_an_api_server_known_callers_go_on_and_others_wait() {
     assert_eq!(denial.error.code(), "VerifierUnavailable");
 }
 
-/// Tokens of another cluster's issuer: no key of theirs is ours, and the API server does not know them either.
+/// Another cluster signs in the same issuer's name: no key of its is ours, and the API server does not know it either.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_clusters_token_is_nobodys() {
     let Some(bench) = Bench::new().await else {
         return;
     };
-    let flags = vec!["--service-account-issuer=https://other.example".to_owned()];
-    let setup = Setup {
-        api_server: flags,
-        ..Setup::default()
-    };
-    let Some(other) = Cluster::start(setup).await else {
+    let Some(other) = Cluster::start(Setup::default()).await else {
         return;
     };
     let namespace = other.namespace("tokens", &[]).await;
@@ -355,11 +350,77 @@ async fn another_clusters_token_is_nobodys() {
         .token(&namespace, "default", &TokenOf::Pod("p"), &[AUDIENCE], 3600)
         .await;
     for _ in 0..3 {
-        let denial = bench
-            .auto
-            .authenticate(&token, now())
-            .await
-            .expect_err("foreign");
-        assert_eq!(denial.error.code(), "TokenInvalid", "{denial:?}");
+        for tokens in [&bench.auto, &bench.reviewed] {
+            let error = bench.error(tokens, &token).await;
+            assert_eq!(error.code(), "TokenInvalid", "{error}");
+        }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_issuers_token_is_named_after_its_issuer() {
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+    let Some(bench) = Bench::new().await else {
+        return;
+    };
+    let part = |json: serde_json::Value| BASE64.encode(json.to_string());
+    let header = part(serde_json::json!({"alg": "RS256", "kid": "theirs"}));
+    let claims = part(
+        serde_json::json!({"iss": "https://other.example", "aud": [AUDIENCE], "exp": 4_000_000_000_u32}),
+    );
+    let token = format!("{header}.{claims}.{}", BASE64.encode([7; 256]));
+    let denial = bench
+        .auto
+        .authenticate(&token, now())
+        .await
+        .expect_err("foreign");
+    assert_eq!(
+        denial.error,
+        CallerError::UnknownIssuer("https://other.example".to_owned())
+    );
+    assert_eq!(
+        denial.method,
+        Method::TokenReview,
+        "the API server may know more issuers"
+    );
+}
+
+/// The tokens of Secrets, from before there were audiences: they never end and are bound to nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_legacy_token_from_a_secret_is_refused() {
+    let Some(bench) = Bench::new().await else {
+        return;
+    };
+    make_account(bench.cluster, &bench.namespace, "web").await;
+    let client = bench.cluster.client().await;
+    let secrets: Api<Secret> = Api::namespaced(client, &bench.namespace);
+    let secret = serde_json::json!({
+        "metadata": {"name": "legacy", "annotations": {"kubernetes.io/service-account.name": "web"}},
+        "type": "kubernetes.io/service-account-token",
+    });
+    let secret: Secret = serde_json::from_value(secret).expect("a Secret");
+    secrets
+        .create(&PostParams::default(), &secret)
+        .await
+        .expect("made");
+    let token = eventually(
+        Duration::from_secs(20),
+        "the controllers write the token",
+        || async {
+            let secret = secrets
+                .get("legacy")
+                .await
+                .map_err(|error| error.to_string())?;
+            let token = secret
+                .data
+                .and_then(|mut data| data.remove("token"))
+                .ok_or("not yet")?;
+            String::from_utf8(token.0).map_err(|error| error.to_string())
+        },
+    )
+    .await;
+    let error = bench.error(&bench.auto, &token).await;
+    assert_eq!(error.code(), "UnknownIssuer", "{error}");
+    let error = bench.error(&bench.reviewed, &token).await;
+    assert_eq!(error.code(), "TokenInvalid", "{error}");
 }

@@ -104,11 +104,8 @@ fn over(span: Duration, since: Timestamp, now: Timestamp) -> bool {
 /// Why keys could not be fetched.
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
-    #[error("the API server's {path} could not be read: {source}")]
-    Api {
-        path: &'static str,
-        source: ApiError,
-    },
+    #[error("the API server's {path} could not be read: {fault}")]
+    Api { path: &'static str, fault: ApiError },
     #[error("the API server's {DISCOVERY} is not what it should be: {0}")]
     Discovery(serde_json::Error),
     #[error("the API server's {JWKS} {0}")]
@@ -243,7 +240,7 @@ impl Keys {
             Ok(request) => ask_within(PATIENCE / 2, self.client.request_text(request)).await,
             Err(error) => Err(error),
         };
-        answer.map_err(|source| FetchError::Api { path, source })
+        answer.map_err(|fault| FetchError::Api { path, fault })
     }
 }
 
