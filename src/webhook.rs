@@ -26,7 +26,7 @@ use axum::routing::post;
 use futures::FutureExt;
 use tokio::task::spawn_blocking;
 
-use crate::inject::advice::advise as advise_on;
+use crate::inject::advice::{advise as advise_on, pod_security};
 use crate::inject::{Call, ClusterFacts, Entry, Injector, PodError, Reason, SkipReason, Warning};
 use crate::inject::{Verdict, WarningCode};
 
@@ -198,13 +198,15 @@ impl Desk {
             namespace: &review.namespace,
             oldest_kubelet: self.webhook.cluster.oldest_kubelet(),
         };
-        let mut decision = self.webhook.injector.load().inject(pod.as_bytes(), &call)?;
-        if let Verdict::Patch(patch) = &decision.verdict
-            && pod.len() + patch.json.len() > LARGE_POD
-        {
-            decision
-                .warnings
-                .push(large_pod(pod.len() + patch.json.len()));
+        let injector = self.webhook.injector.load();
+        let mut decision = injector.inject(pod.as_bytes(), &call)?;
+        if let Verdict::Patch(patch) = &decision.verdict {
+            let bytes = pod.len() + patch.json.len();
+            decision.warnings.extend(
+                self.warn_of_pod_security(&injector, &review.namespace)
+                    .into_iter()
+                    .chain((bytes > LARGE_POD).then(|| large_pod(bytes))),
+            );
         }
         Ok(Outcome {
             reason: decision.verdict.reason(),
@@ -215,6 +217,13 @@ impl Desk {
                 Verdict::Patch(_) | Verdict::Skip(_) => None,
             },
         })
+    }
+
+    /// The namespace's level is known from elsewhere and may be stale, so it is for words only: the API server's own
+    /// refusal is exact.
+    fn warn_of_pod_security(&self, injector: &Injector, namespace: &str) -> Option<Warning> {
+        let facts = self.webhook.cluster.namespace(namespace)?;
+        pod_security(injector, &facts)
     }
 
     /// Warnings for the author of a workload. Whatever goes wrong, the workload goes in.
@@ -285,7 +294,8 @@ fn large_pod(bytes: usize) -> Warning {
     Warning {
         code: WarningCode::LargePod,
         text: format!(
-            "the pod with its sidecar is {} KiB of JSON; etcd stores at most about 1.5 MiB",
+            "{}: the pod and its sidecar are {} KiB of JSON; etcd stores at most about 1.5 MiB",
+            WarningCode::LargePod,
             bytes >> 10
         ),
     }

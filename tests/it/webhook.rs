@@ -104,7 +104,7 @@ impl Served {
     }
 }
 
-/// Knows one meshed namespace, and panics when told to: the only way to a panic that a test has.
+/// Knows two meshed namespaces, and panics when told to: the only way to a panic that a test has.
 struct Cluster(Arc<AtomicBool>);
 
 impl ClusterFacts for Cluster {
@@ -114,9 +114,20 @@ impl ClusterFacts for Cluster {
     }
 
     fn namespace(&self, name: &str) -> Option<NamespaceFacts> {
-        (name == "meshed").then(|| NamespaceFacts {
+        let level = match name {
+            "meshed" => "privileged",
+            "strict" => "restricted",
+            _ => return None,
+        };
+        let labels = [
+            ("istio-injection", "enabled"),
+            ("pod-security.kubernetes.io/enforce", level),
+        ];
+        Some(NamespaceFacts {
             name: name.to_owned(),
-            labels: [("istio-injection".to_owned(), "enabled".to_owned())].into(),
+            labels: labels
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
         })
     }
 }

@@ -656,3 +656,38 @@ async fn advice_warns_and_never_refuses() {
     }
     assert_eq!(served.counts(), []);
 }
+
+#[tokio::test]
+async fn a_pod_that_pod_security_will_refuse_is_patched_with_a_warning() {
+    let served = Served::start().await;
+    let ask = async |namespace: &str| {
+        let review = review::of_pod("u", namespace, &pod()).to_string();
+        let answer = served
+            .connect()
+            .await
+            .post("/inject/ns", review.as_bytes())
+            .await
+            .expect("an answer");
+        assert_eq!(reason_of(&answer), "Injected");
+        answer.json()["response"]["warnings"].to_string()
+    };
+    assert!(ask("strict").await.contains("PodSecurityForbidsInit"));
+    assert!(!ask("meshed").await.contains("PodSecurityForbidsInit"));
+}
+
+#[tokio::test]
+async fn a_pod_near_the_limit_of_the_store_is_patched_with_a_warning() {
+    let served = Served::start().await;
+    let mut large = pod();
+    large["metadata"]["annotations"] = json!({"note": "x".repeat(1 << 20)});
+    let review = review::of_pod("u", "shop", &large).to_string();
+    let answer = served
+        .connect()
+        .await
+        .post("/inject/ns", review.as_bytes())
+        .await
+        .expect("an answer");
+    assert_eq!(reason_of(&answer), "Injected");
+    let warnings = answer.json()["response"]["warnings"].to_string();
+    assert!(warnings.contains("LargePod"), "{warnings}");
+}
