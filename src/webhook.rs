@@ -12,8 +12,10 @@ mod metrics;
 mod refusal;
 mod review;
 
+use std::num::NonZeroUsize;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -24,6 +26,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, Method, Response};
 use axum::routing::post;
 use futures::FutureExt;
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 use crate::inject::advice::{advise as advise_on, pod_security};
@@ -84,6 +87,7 @@ pub fn router(webhook: Webhook) -> Router {
         .fallback(wrong_path)
         .with_state(Arc::new(Desk {
             intake: Intake::new(&webhook.limits),
+            large: Semaphore::new(available_parallelism().map_or(1, NonZeroUsize::get)),
             webhook,
         }))
 }
@@ -92,6 +96,9 @@ pub fn router(webhook: Webhook) -> Router {
 struct Desk {
     webhook: Webhook,
     intake: Intake,
+    /// Turns for what takes milliseconds: one a core. It runs on threads of its own, and with hundreds of them those that
+    /// read and answer would hardly run.
+    large: Semaphore,
 }
 
 async fn inject(State(desk): State<Arc<Desk>>, request: Request) -> Response<Body> {
@@ -168,9 +175,22 @@ impl Desk {
             return self.decide(entry, body.bytes());
         }
         let desk = Arc::clone(self);
-        spawn_blocking(move || desk.decide(entry, body.bytes()))
+        self.aside(move || desk.decide(entry, body.bytes()))
             .await
-            .unwrap_or_else(|_| Outcome::refused(Refusal::panicked()))
+            .unwrap_or_else(|()| Outcome::refused(Refusal::panicked()))
+    }
+
+    /// Runs what takes milliseconds where nobody else waits for the thread. `Err` where it panicked.
+    async fn aside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ()> {
+        let _turn = self
+            .large
+            .acquire()
+            .await
+            .expect("a semaphore that we own is never closed");
+        spawn_blocking(work).await.map_err(|_| ())
     }
 
     fn decide(&self, entry: Entry, body: &[u8]) -> Outcome {
@@ -234,9 +254,9 @@ impl Desk {
             let review = Review::parse(body.bytes())?;
             Ok(answer::advice(&review.uid, &desk.words(&review)))
         };
-        spawn_blocking(weigh)
+        self.aside(weigh)
             .await
-            .unwrap_or_else(|_| Err(Refusal::panicked()))
+            .unwrap_or_else(|()| Err(Refusal::panicked()))
     }
 
     /// What its author should know. Nothing where the namespace is not known: a guess would be worse.

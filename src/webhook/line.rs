@@ -78,7 +78,7 @@ impl Line<'_> {
 const EXCERPT_CHARS: usize = 512;
 
 /// Text from outside, on one line and not endless.
-fn excerpt(text: &str) -> String {
+pub(super) fn excerpt(text: &str) -> String {
     let mut line = String::with_capacity(text.len().min(EXCERPT_CHARS));
     for (place, char) in text.chars().enumerate() {
         if place == EXCERPT_CHARS {

@@ -10,6 +10,7 @@ use axum::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, Response, StatusCode};
 
 use crate::inject::Reason;
+use crate::webhook::line::excerpt;
 
 /// Why a request gets a status other than 200.
 #[derive(Debug)]
@@ -70,7 +71,8 @@ impl Refusal {
             message.push_str(&error.to_string());
             cause = error.source();
         }
-        Self::unreadable(message)
+        // It may quote the body, which may be one string of six mebibytes.
+        Self::unreadable(excerpt(&message))
     }
 
     pub(super) fn overloaded() -> Self {

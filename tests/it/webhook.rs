@@ -2,6 +2,7 @@
 
 mod crowd;
 mod endurance;
+mod http2;
 mod rows;
 mod swap;
 

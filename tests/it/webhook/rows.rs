@@ -163,6 +163,10 @@ async fn what_is_no_review_is_a_bad_request() {
         ("a million open brackets", vec![b'['; 3_000_000]),
         ("no request", with("/request", Value::Null)),
         ("request of another kind", with("/request", json!("x"))),
+        (
+            "request as a long string",
+            with("/request", json!("x\n".repeat(1 << 20))),
+        ),
         ("request as a list", with("/request", json!(["u"]))),
         ("no uid", with("/request/uid", Value::Null)),
         ("empty uid", with("/request/uid", json!(""))),
@@ -190,6 +194,7 @@ async fn what_is_no_review_is_a_bad_request() {
         assert_eq!(answer.status, 400, "{name}: {text}");
         assert!(text.starts_with("BadRequest: "), "{name}: {text}");
         assert_eq!(text.lines().count(), 1, "{name}: {text}");
+        assert!(text.len() < 1_000, "{name}: {} bytes", text.len());
     }
     assert_eq!(served.counts(), [(Reason::BadRequest, sent)]);
 }
