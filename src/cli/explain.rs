@@ -149,7 +149,13 @@ impl Subject<'_> {
             .unwrap_or(0);
         for gate in &way.gates {
             let mark = terminal.mark(if gate.passed { Mark::Pass } else { Mark::Fail });
-            let line = format!("  {mark} {:longest$}   {}", gate.question, gate.saw);
+            // Which entry matched, and by which selector, has a line of its own.
+            let saw = gate.saw.replace(
+                "; matched ",
+                "
+      matched ",
+            );
+            let line = format!("  {mark} {:longest$}   {saw}", gate.question);
             let _ = writeln!(text, "{}", line.trim_end());
         }
         let _ = writeln!(text, "verdict: {}", paint(bold, &self.verdict()));

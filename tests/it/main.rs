@@ -1,6 +1,7 @@
 //! Integration tests: one binary, one module a subject.
 
 mod ca;
+mod cli;
 #[path = "../support/dice.rs"]
 mod dice;
 mod inject_golden;

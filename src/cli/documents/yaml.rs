@@ -86,8 +86,22 @@ pub(super) fn read(chunk: &Chunk<'_>) -> Result<Option<Value>, Fault> {
                 + error.location().map_or(0, |at| {
                     usize::try_from(at.line()).unwrap_or(1).saturating_sub(1)
                 }),
-            text: error.to_string(),
+            text: without_place(&error.render_with_formatter(&serde_saphyr::UserMessageFormatter)),
         }),
+    }
+}
+
+/// The library counts lines from the start of the chunk; ours count from the start of the file and stand in front.
+fn without_place(said: &str) -> String {
+    let end = said
+        .rfind(" at line ")
+        .or_else(|| said.find("line ").filter(|&at| at == 0))
+        .unwrap_or(said.len());
+    let text = said[..end].trim();
+    if text.is_empty() {
+        said.to_owned()
+    } else {
+        text.to_owned()
     }
 }
 
