@@ -140,7 +140,10 @@ fn inspect(args: &Inspect, terminal: &mut Terminal) -> Result<Exit, Failure> {
             text
         }
     };
-    terminal.result(&text)?;
+    match args.output {
+        Format::Table | Format::Wide => terminal.styled(&text)?,
+        Format::Json | Format::Pem => terminal.result(&text)?,
+    }
     Ok(match verdict {
         Some(Verdict { fault: Some(_), .. }) => Exit::Refused,
         _ => Exit::Done,

@@ -112,7 +112,10 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
             texts.join("\n")
         }
     };
-    terminal.result(&text)?;
+    match args.output {
+        Format::Json => terminal.result(&text)?,
+        Format::Table => terminal.styled(&text)?,
+    }
     let all_meshed = subjects.iter().all(|subject| is_meshed(subject.way.reason));
     Ok(if args.strict && !all_meshed {
         Exit::Warned

@@ -36,23 +36,20 @@ impl Terminal {
         }
     }
 
-    /// Writes the result. `text` may carry ANSI styles: they are dropped where nobody sees them.
+    /// Writes data as it is: every byte counts, U+007F in a string included.
     ///
     /// # Errors
-    /// [`Exit::Done`] where the reader has gone away, [`Exit::BadInput`]'s neighbour `70` where the disk is full.
+    /// [`Exit::Done`] where the reader has gone away, [`Exit::Internal`] where the disk is full.
     pub fn result(&mut self, text: &str) -> Result<(), Failure> {
-        let mut out = anstream::stdout().lock();
-        out.write_all(text.as_bytes())
-            .and_then(|()| out.flush())
-            .map_err(|error| {
-                let exit = match error.kind() {
-                    io::ErrorKind::BrokenPipe => Exit::Done,
-                    _ => Exit::Internal,
-                };
-                exit.because(
-                    anyhow::Error::new(error).context("cannot write the result to standard output"),
-                )
-            })
+        written(io::stdout().lock(), text)
+    }
+
+    /// Writes a result for people. `text` may carry ANSI styles: they are dropped where nobody sees them.
+    ///
+    /// # Errors
+    /// As [`Terminal::result`].
+    pub fn styled(&mut self, text: &str) -> Result<(), Failure> {
+        written(anstream::stdout().lock(), text)
     }
 
     /// Writes one line for a human to standard error.
@@ -87,7 +84,21 @@ impl Terminal {
     }
 }
 
-/// `text` in a style, which [`Terminal::result`] and [`Terminal::note`] drop where it is not wanted.
+fn written(mut out: impl Write, text: &str) -> Result<(), Failure> {
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| {
+            let exit = match error.kind() {
+                io::ErrorKind::BrokenPipe => Exit::Done,
+                _ => Exit::Internal,
+            };
+            exit.because(
+                anyhow::Error::new(error).context("cannot write the result to standard output"),
+            )
+        })
+}
+
+/// `text` in a style, which [`Terminal::styled`] and [`Terminal::note`] drop where it is not wanted.
 pub(super) fn paint(style: Style, text: &str) -> String {
     format!("{style}{text}{style:#}")
 }

@@ -151,11 +151,11 @@ impl Walk {
     fn walk(mut self) -> Result<(), Failure> {
         let at = self.addresses().or_exit(Exit::Unreachable)?;
         let admission = self.admission(&at).or_exit(Exit::Refused)?;
-        self.terminal.result(&admission)?;
+        self.terminal.styled(&admission)?;
         let certificate = self.certificate(&at).or_exit(Exit::Refused)?;
-        self.terminal.result(&certificate)?;
+        self.terminal.styled(&certificate)?;
         let rest = self.what_to_try(&at);
-        self.terminal.result(&rest)
+        self.terminal.styled(&rest)
     }
 
     fn addresses(&self) -> anyhow::Result<Addresses> {

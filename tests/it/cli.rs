@@ -81,6 +81,7 @@ fn strings_that_kubectl_would_read_as_something_else_stay_strings() {
         "line\nline\n",
         " x",
         "a: b",
+        "p\u{7f}q\u{1}\u{1b}[1m",
     ];
     let env: Vec<_> = values
         .iter()
