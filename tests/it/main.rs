@@ -10,6 +10,7 @@ mod manifests;
 #[path = "../support/pods.rs"]
 mod pods;
 mod pods_are_odd;
+mod robustness;
 mod rooms;
 mod runtime;
 mod signing;
