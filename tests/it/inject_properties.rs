@@ -13,6 +13,7 @@ mod quantity;
 mod restricted;
 mod shrink;
 mod strict;
+mod ways_in;
 
 use std::{
     collections::BTreeMap,
