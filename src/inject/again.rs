@@ -53,7 +53,7 @@ impl Injector {
     }
 }
 
-/// Rewrites and records the probes of containers that came since, and offers them the Workload API.
+/// Rewrites and records the probes that came since, and offers them the Workload API.
 fn complete_containers(
     pod: &PodView<'_>,
     ours: &Ours<'_, '_>,
@@ -63,12 +63,7 @@ fn complete_containers(
 ) {
     let rewrite = pod.annotation(REWRITE_PROBES) != Some("false");
     let offer = pod.annotation(WORKLOAD_API) == Some("true");
-    let kept = ours
-        .probes
-        .iter()
-        .map(|(path, raw)| (path.clone(), probes::kept(raw)));
-    let mut records: Records = kept.collect();
-    let before = records.len();
+    let mut records = Records::of_earlier_call(&ours.probes);
     let mut record = ours::variable(ours.proxy, ours::RESTORE_VARIABLE)
         .and_then(|(_, json)| serde_json::from_str::<Record>(&json).ok());
     let known = record.clone();
@@ -80,13 +75,8 @@ fn complete_containers(
             workload_api::offer(container, &pointer, record, operations);
         }
     }
-    if records.len() > before {
-        replace_variable(
-            ours,
-            ours::PROBES_VARIABLE,
-            &probes::to_json(&records),
-            operations,
-        );
+    if records.have_grown() {
+        replace_variable(ours, ours::PROBES_VARIABLE, &records.to_json(), operations);
     }
     if let Some(record) = record.filter(|record| known.as_ref() != Some(record)) {
         replace_variable(ours, ours::RESTORE_VARIABLE, &record.to_json(), operations);

@@ -3,7 +3,14 @@
 //! The kubelet dials the pod from outside the mesh and would be refused where mutual TLS is strict. Its handler is
 //! replaced by one that the agent serves; the original goes to the agent, which repeats it inside the pod.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt::Write, net::IpAddr};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    net::IpAddr,
+};
+
+use serde_json::value::RawValue;
 
 use super::{
     capture::{AGENT_PORT, STATUS_PORT},
@@ -16,7 +23,65 @@ use super::{
 };
 
 /// Original handlers as JSON, by the path at which the agent serves them: the value of `MALHA_PROBES`.
-pub(super) type Records = BTreeMap<String, String>;
+#[derive(Debug, Default)]
+pub(super) struct Records {
+    by_path: BTreeMap<String, String>,
+    /// Paths that this call has recorded.
+    fresh: BTreeSet<String>,
+}
+
+impl Records {
+    /// What an earlier call recorded.
+    pub(super) fn of_earlier_call(records: &BTreeMap<String, Box<RawValue>>) -> Self {
+        let canonical = |raw: &RawValue| {
+            let mut json = String::new();
+            write_canonical(Raw(raw), &mut json);
+            json
+        };
+        let by_path = records
+            .iter()
+            .map(|(path, raw)| (path.clone(), canonical(raw)));
+        Self {
+            by_path: by_path.collect(),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn have_grown(&self) -> bool {
+        !self.fresh.is_empty()
+    }
+
+    /// The value of the variable.
+    pub(super) fn to_json(&self) -> String {
+        let mut json = String::from("{");
+        for (path, record) in &self.by_path {
+            if json.len() > 1 {
+                json.push(',');
+            }
+            write_text(path, &mut json);
+            json.push(':');
+            json.push_str(record);
+        }
+        json.push('}');
+        json
+    }
+
+    /// The handler is the agent's already, or stands in a second container of one name, which is refused anyway. One
+    /// that another webhook has written over ours since is neither.
+    fn is_settled(&self, path: &str, networked: &Networked<'_>) -> bool {
+        let is_agents = || {
+            let port = networked.fields.read::<i64>("port");
+            let at = networked.fields.read::<Text<'_>>("path");
+            port.present() == Some(&AGENT_PORT.into()) && at.text() == Some(path)
+        };
+        self.fresh.contains(path) || (self.by_path.contains_key(path) && is_agents())
+    }
+
+    fn insert(&mut self, path: String, record: String) {
+        self.fresh.insert(path.clone());
+        self.by_path.insert(path, record);
+    }
+}
 
 /// Where a handler stands in a container, and what the agent calls it.
 struct Site {
@@ -113,17 +178,18 @@ pub(super) fn rewrite(
             continue;
         };
         let path = path(site, name);
-        if records.contains_key(&path) {
-            continue; // done by an earlier call, or a second container of the same name, which is refused anyway
+        if records.is_settled(&path, &networked) {
+            continue;
         }
         match target(container, &networked) {
             Ok(port) => {
-                records.insert(path.clone(), record(&networked, port));
+                let original = record(&networked, port);
                 let at = site
                     .tokens
                     .iter()
                     .fold(pointer.clone(), |at, token| at.key(token));
                 replace(&networked, &at, &path, operations);
+                records.insert(path, original);
             }
             Err(fault) => warnings.push(fault.warning(name, site)),
         }
@@ -327,21 +393,6 @@ fn write_fields(fields: &Fields<'_>, with: &[(&str, String)], without: &[&str], 
     out.push('}');
 }
 
-/// The value of `MALHA_PROBES`.
-pub(super) fn to_json(records: &Records) -> String {
-    let mut json = String::from("{");
-    for (at, (path, record)) in records.iter().enumerate() {
-        if at > 0 {
-            json.push(',');
-        }
-        write_text(path, &mut json);
-        json.push(':');
-        json.push_str(record);
-    }
-    json.push('}');
-    json
-}
-
 /// Reads one record back: the kind of handler, and its fields as they stood in the pod.
 pub(super) fn original(record: &serde_json::Value) -> Option<(&'static str, serde_json::Value)> {
     let kind = ["httpGet", "tcpSocket", "grpc"]
@@ -364,11 +415,4 @@ pub(super) fn site_of(path: &str) -> Option<(&'static [&'static str], &str)> {
         .iter()
         .find(|site| site.name == name && site.route == route)?;
     Some((site.tokens, container))
-}
-
-/// A record that is there already, for a second call.
-pub(super) fn kept(raw: &serde_json::value::RawValue) -> String {
-    let mut json = String::new();
-    write_canonical(Raw(raw), &mut json);
-    json
 }

@@ -69,7 +69,7 @@ impl Injector {
             log: &sidecar::log_levels(wishes),
             owner: &owner.path(),
             ports: &app_ports(pod),
-            probes: &probes::to_json(&records),
+            probes: &records.to_json(),
             prometheus: &additions.prometheus,
             restore: &draft.record.to_json(),
             workload: &owner.name,
@@ -124,7 +124,7 @@ impl Injector {
 impl Draft<'_, '_> {
     /// Probes go to the agent, and the Workload API to containers that ask for it.
     fn hand_over(&mut self, wishes: &Wishes<'_>, ahead: usize) -> Records {
-        let mut records = Records::new();
+        let mut records = Records::default();
         let mut raw = false;
         for (container, pointer) in order::behind(self.pod, ahead) {
             if wishes.rewrite_probes {

@@ -181,3 +181,59 @@ fn unreadable_records_are_a_conflict() {
     assert!(message.contains("MALHA_PROBES"), "{message}");
     assert!(uninject::uninject(&mut injected).is_err());
 }
+
+#[test]
+fn a_probe_that_was_written_over_ours_is_rewritten_again() {
+    let mut pod = pod();
+    put(
+        &mut pod,
+        "/spec/containers/0/livenessProbe",
+        json!({"httpGet": {"port": 80}}),
+    );
+    let mut injected = patched(&Injector::default(), &pod);
+    let theirs = json!({"tcpSocket": {"port": 81}});
+    injected["spec"]["containers"][0]["livenessProbe"] = theirs.clone();
+    let (mut completed, _) = reinvoked(&Injector::default(), &injected);
+    assert_eq!(
+        records(&completed),
+        json!({"/app-health/app/livez": theirs})
+    );
+    assert!(uninject::uninject(&mut completed).expect("readable records"));
+    assert_eq!(completed["spec"]["containers"][0]["livenessProbe"], theirs);
+}
+
+#[test]
+fn what_the_api_server_fills_in_between_two_calls_changes_nothing() {
+    let mut pod = annotated(&[("malha.io/workload-api", "true")]);
+    put(
+        &mut pod,
+        "/spec/containers/0/readinessProbe",
+        json!({"tcpSocket": {"port": 80}}),
+    );
+    let mut injected = patched(&Injector::default(), &pod);
+    let proxy = &mut injected["spec"]["initContainers"][1];
+    proxy["terminationMessagePath"] = json!("/dev/termination-log");
+    proxy["readinessProbe"]["successThreshold"] = json!(1);
+    for variable in proxy["env"].as_array_mut().expect("variables") {
+        if variable["value"] == "" {
+            variable
+                .as_object_mut()
+                .expect("a variable")
+                .remove("value");
+        }
+        if variable["valueFrom"]["fieldRef"].is_object() {
+            variable["valueFrom"]["fieldRef"]["apiVersion"] = json!("v1");
+        }
+    }
+    for volume in injected["spec"]["volumes"].as_array_mut().expect("volumes") {
+        for source in ["projected", "downwardAPI", "configMap"] {
+            if volume[source].is_object() {
+                volume[source]["defaultMode"] = json!(420);
+            }
+        }
+    }
+    assert_eq!(
+        reason(&Injector::default(), &injected),
+        Reason::AlreadyInjected
+    );
+}
