@@ -6,6 +6,7 @@
 use super::{
     Answer, Injector, Patch, Verdict,
     annotations::{PROXY_IMAGE, REWRITE_PROBES, RUN_BEFORE, WORKLOAD_API, names, shown},
+    capture,
     judge::Again,
     lax::write_text,
     order,
@@ -26,6 +27,7 @@ impl Injector {
         let first = names(pod.annotation(RUN_BEFORE).unwrap_or_default());
         let ahead = order::ahead(pod, again.ours.native, &first);
         complete_containers(pod, &again.ours, ahead, &mut operations, &mut warnings);
+        exclude_probed_ports(pod, &again.ours, ahead, &mut operations);
         self.add_volumes(pod, &again.volumes, &mut operations);
         order::restore(pod, &again.ours, ahead, &mut operations);
         let verdict = match operations.is_empty() {
@@ -83,6 +85,36 @@ fn complete_containers(
     }
 }
 
+/// Native sidecars that came since and start before ours are probed by the kubelet itself, which the redirection must
+/// let in.
+fn exclude_probed_ports(
+    pod: &PodView<'_>,
+    ours: &Ours<'_, '_>,
+    ahead: usize,
+    operations: &mut Operations,
+) {
+    let probed: Vec<u16> = order::sidecars_before(pod, ahead)
+        .flat_map(probes::probed_ports)
+        .collect();
+    let args = ours.init.args();
+    let Some((at, argument)) = args.items().iter().enumerate().next_back() else {
+        return;
+    };
+    if let Some(changed) = argument
+        .text()
+        .and_then(|argument| capture::with_probed(argument, &probed))
+    {
+        let init = Pointer::new(&["spec", "initContainers"]).index(ours.init_at);
+        replace_text(&init.key("args").index(at), &changed, operations);
+    }
+}
+
+fn replace_text(pointer: &Pointer, text: &str, operations: &mut Operations) {
+    let mut json = String::new();
+    write_text(text, &mut json);
+    operations.replace(pointer, &json);
+}
+
 fn replace_variable(ours: &Ours<'_, '_>, name: &str, value: &str, operations: &mut Operations) {
     let Some((at, _)) = ours::variable(ours.proxy, name) else {
         return;
@@ -93,7 +125,5 @@ fn replace_variable(ours: &Ours<'_, '_>, name: &str, value: &str, operations: &m
         "containers"
     };
     let proxy = Pointer::new(&["spec", list]).index(ours.proxy_at);
-    let mut json = String::new();
-    write_text(value, &mut json);
-    operations.replace(&proxy.key("env").index(at).key("value"), &json);
+    replace_text(&proxy.key("env").index(at).key("value"), value, operations);
 }

@@ -1,8 +1,9 @@
 //! Which traffic of a pod is redirected through its proxy: the one argument of `malha-init`.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
+use serde_json::Value;
 
 /// The group by which the redirection tells the proxy's own traffic.
 pub const PROXY_GID: i64 = 1337;
@@ -99,6 +100,20 @@ impl Capture {
         };
         serde_json::to_string(&argument).expect("numbers and names always serialise")
     }
+}
+
+/// The argument of an earlier call with more ports excluded inbound; `None` if they are already, or if it is not ours.
+pub(super) fn with_probed(argument: &str, probed: &[u16]) -> Option<String> {
+    let mut argument: Value = serde_json::from_str(argument).ok()?;
+    let excluded = argument.get_mut("excludeInboundPorts")?.as_array_mut()?;
+    let mut ports: BTreeSet<u64> = excluded.iter().map(Value::as_u64).collect::<Option<_>>()?;
+    let before = ports.len();
+    ports.extend(probed.iter().copied().map(u64::from));
+    if ports.len() == before {
+        return None;
+    }
+    *excluded = ports.into_iter().map(Value::from).collect();
+    Some(argument.to_string())
 }
 
 /// One item of a comma-separated list.

@@ -47,6 +47,7 @@ pub(super) fn is_ours(container: &Container<'_>) -> bool {
 #[derive(Debug)]
 pub(super) struct Ours<'p, 'a> {
     pub(super) proxy: &'p Container<'a>,
+    pub(super) init: &'p Container<'a>,
     /// Index of the proxy in its list.
     pub(super) proxy_at: usize,
     /// Index of `malha-init` among the init containers.
@@ -81,6 +82,7 @@ pub(super) fn presence<'p, 'a>(pod: &'p PodView<'a>) -> Result<Option<Ours<'p, '
     Ok(Some(Ours {
         proxy: proxy.1,
         proxy_at: proxy.0,
+        init: init.1,
         init_at: init.0,
         native,
         probes: probes.ok_or_else(|| {

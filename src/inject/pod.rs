@@ -62,6 +62,7 @@ reads! {
         "name" => name: Slot<Text<'a>>,
         "image" => image: Slot<Text<'a>>,
         "restartPolicy" => restart_policy: Slot<Text<'a>>,
+        "args" => args: Option<Raw<'a>>,
         "ports" => ports: Lazy<'a, Vec<Slot<Port<'a>>>>,
         "env" => env: Option<Raw<'a>>,
         "volumeMounts" => volume_mounts: Option<Raw<'a>>,
@@ -270,6 +271,10 @@ impl<'a> Container<'a> {
     /// The environment, read only when it is looked at: it may hold thousands of variables.
     pub(super) fn env(&self) -> Slot<Vec<Slot<EnvVar<'a>>>> {
         self.env.map_or(Slot::Missing, Raw::read)
+    }
+
+    pub(super) fn args(&self) -> Slot<Vec<Slot<Text<'a>>>> {
+        self.args.map_or(Slot::Missing, Raw::read)
     }
 
     pub(super) fn volume_mounts(&self) -> Slot<Vec<Slot<VolumeMount<'a>>>> {

@@ -42,17 +42,7 @@ impl Injector {
             native,
             volumes,
         } = accepted;
-        let kept = volumes.iter().map(|&name| name.to_owned()).collect();
-        let record = Record {
-            volumes: kept,
-            ..Record::default()
-        };
-        let mut draft = Draft {
-            pod,
-            operations: Operations::default(),
-            record,
-            warnings,
-        };
+        let mut draft = Draft::new(pod, volumes, warnings);
         if !native {
             draft.warn_of_classic_order();
         }
@@ -121,7 +111,22 @@ impl Injector {
     }
 }
 
-impl Draft<'_, '_> {
+impl<'p, 'a> Draft<'p, 'a> {
+    /// Nothing is changed yet; `volumes` of ours are the pod's own.
+    fn new(pod: &'p PodView<'a>, volumes: &[&str], warnings: &'p mut Vec<Warning>) -> Self {
+        let volumes = volumes.iter().map(|&name| name.to_owned()).collect();
+        let record = Record {
+            volumes,
+            ..Record::default()
+        };
+        Self {
+            pod,
+            operations: Operations::default(),
+            record,
+            warnings,
+        }
+    }
+
     /// Probes go to the agent, and the Workload API to containers that ask for it.
     fn hand_over(&mut self, wishes: &Wishes<'_>, ahead: usize) -> Records {
         let mut records = Records::default();

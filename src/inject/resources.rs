@@ -52,99 +52,81 @@ fn proxy_share(
     settings: &InjectSettings,
     guaranteed: bool,
 ) -> Result<ResourceSettings, Denial> {
-    let defaults = match guaranteed {
-        true => {
-            let pair = &settings.proxy.guaranteed;
-            &ResourceSettings {
-                requests: pair.clone(),
-                limits: pair.clone(),
-            }
-        }
-        false => &settings.proxy.resources,
+    let proxy = &settings.proxy;
+    let (requests, limits) = match guaranteed {
+        true => (&proxy.guaranteed, &proxy.guaranteed),
+        false => (&proxy.resources.requests, &proxy.resources.limits),
     };
-    let merge = |request: &Option<Quantity>,
-                 limit: &Option<Quantity>,
-                 of: fn(&AmountSettings) -> &Option<Quantity>| {
-        let default = (of(&defaults.requests).clone(), of(&defaults.limits).clone());
-        merged(default, request.clone(), limit.clone(), guaranteed)
-    };
-    let (cpu, memory) = (
-        merge(&wishes.cpu_request, &wishes.cpu_limit, |amount| &amount.cpu).map_err(|request| {
-            above_limit("sidecar.istio.io/proxyCPU", &request, &wishes.cpu_limit)
-        })?,
-        merge(&wishes.memory_request, &wishes.memory_limit, |amount| {
-            &amount.memory
-        })
-        .map_err(|request| {
-            above_limit(
-                "sidecar.istio.io/proxyMemory",
-                &request,
-                &wishes.memory_limit,
-            )
-        })?,
+    let cpu = merged(
+        (requests.cpu.clone(), limits.cpu.clone()),
+        (wishes.cpu_request.clone(), wishes.cpu_limit.clone()),
+        guaranteed,
     );
+    let memory = merged(
+        (requests.memory.clone(), limits.memory.clone()),
+        (wishes.memory_request.clone(), wishes.memory_limit.clone()),
+        guaranteed,
+    );
+    let (cpu_request, cpu_limit) = cpu.map_err(|it| it.denial("sidecar.istio.io/proxyCPU"))?;
+    let (memory_request, memory_limit) =
+        memory.map_err(|it| it.denial("sidecar.istio.io/proxyMemory"))?;
     Ok(ResourceSettings {
         requests: AmountSettings {
-            cpu: cpu.0,
-            memory: memory.0,
+            cpu: cpu_request,
+            memory: memory_request,
         },
         limits: AmountSettings {
-            cpu: cpu.1,
-            memory: memory.1,
+            cpu: cpu_limit,
+            memory: memory_limit,
         },
     })
 }
 
+/// A request and a limit.
 type Pair = (Option<Quantity>, Option<Quantity>);
 
-/// One resource's request and limit: each is merged by itself, and only a contradiction moves the other.
-///
-/// # Errors
-/// The request that is above the limit, when both were asked for.
-fn merged(
-    default: Pair,
-    request: Option<Quantity>,
-    limit: Option<Quantity>,
-    guaranteed: bool,
-) -> Result<Pair, Quantity> {
-    let unlimited = |limit: &Quantity| limit.is_zero();
-    let pair = match (request, limit) {
-        (None, None) => default,
-        (Some(request), None) => {
-            let raised = default.1.map(|limit| {
-                if guaranteed || request > limit {
-                    request.clone()
-                } else {
-                    limit
-                }
-            });
-            (Some(request), raised)
-        }
-        (None, Some(limit)) if unlimited(&limit) => (default.0, None),
-        (None, Some(limit)) => {
-            let lowered = default.0.map(|request| {
-                if guaranteed || limit < request {
-                    limit.clone()
-                } else {
-                    request
-                }
-            });
-            (lowered, Some(limit))
-        }
-        (Some(request), Some(limit)) if unlimited(&limit) => (Some(request), None),
-        (Some(request), Some(limit)) if request > limit => return Err(request),
-        (request, limit) => (request, limit),
-    };
-    Ok((pair.0, pair.1.filter(|limit| !unlimited(limit))))
+/// Both were asked for, and the request is above the limit.
+struct Contradiction {
+    request: Quantity,
+    limit: Quantity,
 }
 
-fn above_limit(annotation: &str, request: &Quantity, limit: &Option<Quantity>) -> Denial {
-    let limit = limit.as_ref().map_or("0", Quantity::as_str);
-    invalid(
-        annotation,
-        request.as_str(),
-        &format!("at most {annotation}Limit, which is {limit}"),
-    )
+impl Contradiction {
+    fn denial(&self, annotation: &str) -> Denial {
+        let allowed = format!("at most {annotation}Limit, which is {}", self.limit);
+        invalid(annotation, self.request.as_str(), &allowed)
+    }
+}
+
+/// One resource's request and limit: each is merged by itself, and what was not asked for gives way only where it would
+/// contradict what was. A limit of 0 is none. Where the pod is Guaranteed both stay equal.
+fn merged(default: Pair, asked: Pair, guaranteed: bool) -> Result<Pair, Contradiction> {
+    let (default_request, default_limit) = (default.0, default.1.filter(|limit| !limit.is_zero()));
+    Ok(match asked {
+        (None, None) => (default_request, default_limit),
+        (Some(request), None) => {
+            let fits = |limit: &Quantity| !guaranteed && request <= *limit;
+            let limit =
+                default_limit.map(|limit| if fits(&limit) { limit } else { request.clone() });
+            (Some(request), limit.filter(|limit| !limit.is_zero()))
+        }
+        (request, Some(limit)) if limit.is_zero() => (request.or(default_request), None),
+        (None, Some(limit)) => {
+            let fits = |request: &Quantity| !guaranteed && *request <= limit;
+            let request = default_request.map(|request| {
+                if fits(&request) {
+                    request
+                } else {
+                    limit.clone()
+                }
+            });
+            (request, Some(limit))
+        }
+        (Some(request), Some(limit)) if request > limit => {
+            return Err(Contradiction { request, limit });
+        }
+        both => both,
+    })
 }
 
 fn is_empty(resources: &ResourceSettings) -> bool {

@@ -237,3 +237,24 @@ fn what_the_api_server_fills_in_between_two_calls_changes_nothing() {
         Reason::AlreadyInjected
     );
 }
+
+#[test]
+fn a_native_sidecar_that_came_since_is_probed_past_the_redirection_in_classic_order() {
+    let late = json!({"name": "late", "restartPolicy": "Always", "startupProbe": {"httpGet": {"port": 7000}}});
+    for settings in ["native: false", "native: false\nredirect: external"] {
+        let mut injected = patched(&with(settings), &pod());
+        insert(&mut injected, "initContainers", 1, late.clone());
+        let (completed, _) = reinvoked(&with(settings), &injected);
+        assert_eq!(item(&completed["spec"]["initContainers"], "late"), &late);
+        let argument = init(&completed)["args"]
+            .as_array()
+            .and_then(|args| args.last()?.as_str())
+            .expect("an argument");
+        let argument: Value = serde_json::from_str(argument).expect("it is JSON");
+        assert_eq!(
+            argument["excludeInboundPorts"],
+            json!([7000, 15020, 15021, 15090])
+        );
+        assert_eq!(argument["proxyGid"], 1337);
+    }
+}

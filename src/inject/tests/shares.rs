@@ -135,3 +135,12 @@ fn a_guaranteed_pod_by_its_own_resources_stays_so() {
     assert_eq!(own["requests"], own["limits"]);
     assert_eq!(own["limits"], json!({"cpu": "1500m", "memory": "1280Mi"}));
 }
+
+#[test]
+fn a_default_limit_of_nothing_stays_nothing() {
+    let unlimited = with("proxy: {resources: {limits: {cpu: 0}}}");
+    let memory = ["128Mi", "1Gi"];
+    assert_eq!(resources(&unlimited, &pod()), both(["100m", ""], memory));
+    let asked = annotated(&[("sidecar.istio.io/proxyCPU", "3")]);
+    assert_eq!(resources(&unlimited, &asked), both(["3", ""], memory));
+}
