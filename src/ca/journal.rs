@@ -350,6 +350,9 @@ impl RootAuthority {
             if !intermediate.certificate.is_signed_by(&self.certificate) {
                 return broken("an intermediate is not signed by its root");
             }
+            if self.kind == Kind::Root && intermediate.certificate.uris() != [trust_domain.uri()] {
+                return broken("an intermediate is of another trust domain");
+            }
             if !fits(intermediate.key.as_ref(), &intermediate.certificate) {
                 return broken("an intermediate's key is another's");
             }

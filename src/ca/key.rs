@@ -3,7 +3,7 @@
 use std::fmt;
 
 use aws_lc_rs::{
-    rand::SystemRandom,
+    digest::{self, SHA256, SHA384},
     signature::{
         ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair,
         EcdsaSigningAlgorithm, KeyPair,
@@ -93,6 +93,7 @@ pub enum KeyError {
 pub(super) struct Signer {
     pair: EcdsaKeyPair,
     algorithm: &'static rcgen::SignatureAlgorithm,
+    hash: &'static digest::Algorithm,
 }
 
 impl Signer {
@@ -100,22 +101,27 @@ impl Signer {
         type Known = (
             &'static EcdsaSigningAlgorithm,
             &'static rcgen::SignatureAlgorithm,
+            &'static digest::Algorithm,
         );
-        const KNOWN: [Known; 2] = [
-            (
-                &ECDSA_P256_SHA256_ASN1_SIGNING,
-                &rcgen::PKCS_ECDSA_P256_SHA256,
-            ),
-            (
-                &ECDSA_P384_SHA384_ASN1_SIGNING,
-                &rcgen::PKCS_ECDSA_P384_SHA384,
-            ),
-        ];
-        KNOWN
+        const P256: Known = (
+            &ECDSA_P256_SHA256_ASN1_SIGNING,
+            &rcgen::PKCS_ECDSA_P256_SHA256,
+            &SHA256,
+        );
+        const P384: Known = (
+            &ECDSA_P384_SHA384_ASN1_SIGNING,
+            &rcgen::PKCS_ECDSA_P384_SHA384,
+            &SHA384,
+        );
+        [P256, P384]
             .into_iter()
-            .find_map(|(signing, algorithm)| {
+            .find_map(|(signing, algorithm, hash)| {
                 let pair = EcdsaKeyPair::from_pkcs8(signing, pkcs8).ok()?;
-                Some(Self { pair, algorithm })
+                Some(Self {
+                    pair,
+                    algorithm,
+                    hash,
+                })
             })
             .ok_or(KeyError::Unsupported)
     }
@@ -138,8 +144,9 @@ impl rcgen::PublicKeyData for Signer {
 
 impl rcgen::SigningKey for Signer {
     fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        // The nonce is the crypto library's own affair.
         self.pair
-            .sign(&SystemRandom::new(), message)
+            .sign_digest(&digest::digest(self.hash, message))
             .map(|signature| signature.as_ref().to_vec())
             .map_err(|_| rcgen::Error::RemoteKeyError)
     }

@@ -3,7 +3,7 @@
 //! Every field that rcgen would fill by itself is set here: its defaults are a name of its own, a validity from 1975 to
 //! 4096, a serial that repeats with the key, no usages and no authority key id.
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -223,12 +223,10 @@ fn parse(der: &[u8]) -> Result<CaCertificate, AuthorityError> {
 }
 
 fn host(name: &str) -> Result<SanType, AuthorityError> {
-    if let Ok(address) = name.parse::<IpAddr>() {
-        return Ok(SanType::IpAddress(address));
-    }
     match ServerName::try_from(name) {
-        Ok(_) => text(name).map(SanType::DnsName),
-        Err(_) => Err(AuthorityError::SignFailed(format!(
+        Ok(ServerName::DnsName(_)) => text(name).map(SanType::DnsName),
+        Ok(ServerName::IpAddress(address)) => Ok(SanType::IpAddress(address.into())),
+        _ => Err(AuthorityError::SignFailed(format!(
             "{name:?} is not a host name"
         ))),
     }

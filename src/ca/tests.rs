@@ -1,3 +1,5 @@
+pub(crate) mod support;
+
 use std::collections::HashSet;
 
 use x509_parser::{
@@ -9,7 +11,7 @@ use x509_parser::{
 
 use super::{
     rotation::RotationPolicy,
-    testing::{DAY, HOUR, at, authority, founded, mesh, new_key, roll, workload},
+    tests::support::{DAY, HOUR, at, authority, founded, mesh, new_key, roll, workload},
     *,
 };
 use crate::{ca::csr::KeyPolicy, identity::SpiffeId};

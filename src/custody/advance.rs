@@ -48,6 +48,7 @@ pub async fn rotate<H: JournalHome>(
     request: RotateRequest,
     clock: &Clock,
 ) -> Result<Ticked, CustodyError> {
+    policy.check()?;
     let goal = match request {
         RotateRequest { if_due: true, .. } => Goal::WhatIsDue,
         RotateRequest {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::ca::{
     rotation::{KeyFor, RotationPolicy, with_key},
-    testing::{DAY, at, founded, new_key, roll},
+    tests::support::{DAY, at, founded, new_key, roll},
 };
 
 const NOON: &str = "2026-11-22T12:00:00.5Z";

@@ -2,7 +2,7 @@ use super::*;
 use crate::ca::{
     Authority,
     peer::{self, Side},
-    testing::{at, authority, founded, new_key, roll, workload},
+    tests::support::{at, authority, founded, new_key, roll, workload},
 };
 
 const BIRTH: &str = "2026-01-01T00:00:00Z";

@@ -6,8 +6,10 @@ use aws_lc_rs::{
 };
 use zeroize::Zeroizing;
 
-use super::*;
-use crate::ca::rotation::{RotationPolicy, first};
+use crate::ca::{
+    rotation::{RotationPolicy, first},
+    *,
+};
 
 pub(crate) const HOUR: Duration = Duration::from_secs(3600);
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 3600);
