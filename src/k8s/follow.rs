@@ -48,7 +48,8 @@ where
             name: name.to_owned(),
             state: State::Read,
             not_before: Instant::now(),
-            pauses: Pauses::new(Duration::from_millis(200), Duration::from_secs(5)),
+            // short: a webhook's lost caBundle is repaired within 2 s, also right after an outage
+            pauses: Pauses::new(Duration::from_millis(200), Duration::from_millis(1500)),
             failing: false,
         }
     }

@@ -27,7 +27,7 @@ use prometheus_client::{
     metrics::{family::Family, gauge::Gauge},
     registry::Registry,
 };
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -45,6 +45,9 @@ use crate::{
 
 /// Changes within this time are looked at together.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// A look takes at most one part in so many of a core, however many pods there are.
+const SHARE: u32 = 50;
 
 /// Pods read in one look: a big namespace that was just labelled is a matter of seconds, not of a storm.
 const READ_AT_ONCE: usize = 20;
@@ -104,6 +107,7 @@ pub fn keep(watch: Watch) -> impl Future<Output = ()> + Send {
         findings: HashMap::new(),
         judged_by: None,
         namespaces: HashSet::new(),
+        pause: SETTLE,
     };
     async move {
         tokio::select! {
@@ -123,6 +127,8 @@ struct Overseer {
     judged_by: Option<Arc<Injector>>,
     /// Namespaces with a gauge.
     namespaces: HashSet<String>,
+    /// The time between two looks.
+    pause: Duration,
 }
 
 /// Why a pod that an entry selects has no sidecar.
@@ -147,9 +153,9 @@ impl Overseer {
                 () = sleep(Duration::from_secs(30)) => {}
             }
             while self.look().await {
-                sleep(SETTLE).await;
+                sleep(self.pause).await;
             }
-            sleep(SETTLE).await;
+            sleep(self.pause).await;
         }
     }
 
@@ -164,7 +170,9 @@ impl Overseer {
         }
         let injector = self.watch.injector.load_full();
         self.judge_anew(&injector);
+        let began = Instant::now();
         let sightings = survey(&self.watch.world, injector.settings());
+        self.pause = SETTLE.max(began.elapsed() * SHARE);
         self.sweep(&sightings);
         let more = self.inquire(&sightings, &injector).await;
         if !self.watch.claim.stands() {

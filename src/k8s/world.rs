@@ -133,9 +133,9 @@ impl World {
         self.changed.subscribe()
     }
 
-    /// Looks at every pod: its namespace, its name, what is known of it.
-    pub fn each_pod(&self, look: impl FnMut(&str, &str, &Pod)) {
-        self.pods.each(look);
+    /// Looks at every pod, namespace by namespace: the namespace's name, and the name of each pod of it with what is known.
+    pub fn each_namespace(&self, look: impl FnMut(&str, &mut dyn Iterator<Item = (&str, &Pod)>)) {
+        self.pods.each_namespace(look);
     }
 
     /// What is known of a pod.
@@ -202,7 +202,7 @@ impl World {
         let changed = || {
             let mut oldest = UNKNOWN;
             self.nodes
-                .each(|_, _, minor| oldest = oldest.min(minor.unwrap_or(UNKNOWN)));
+                .each(|minor| oldest = oldest.min(minor.unwrap_or(UNKNOWN)));
             self.oldest_kubelet.store(oldest, Ordering::Relaxed);
         };
         self.follow_kind(Api::all(client), &self.nodes, facts, changed)

@@ -13,7 +13,7 @@ use malha::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::rig::{self, Cluster, eventually};
+use crate::rig::{self, Cluster, Setup, eventually};
 
 /// Longer than a Lease stands without renewal, plus one look.
 const TAKE_OVER: Duration = Duration::from_secs(25);
@@ -280,4 +280,33 @@ async fn a_lease_of_any_shape_is_taken_or_waited_for_and_kills_nobody() {
         replica.stop.cancel();
         replica.task.await.expect("a future that ends on stop");
     }
+}
+
+/// An API server that is frozen answers nobody and closes no connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_api_server_ends_the_claim_in_time_and_is_outlived() {
+    let Some(cluster) = Cluster::start(Setup::default()).await else {
+        return;
+    };
+    let namespace = cluster.namespace("lease", &[]).await;
+    let leader = replica(cluster.client().await, &namespace, "malha-leader", "first");
+    leads(&leader, Duration::from_secs(10)).await;
+
+    cluster.api_server().pause().expect("frozen");
+    let frozen = Instant::now();
+    let mut told = leader.claim.watch();
+    tokio::time::timeout(Duration::from_secs(12), told.wait_for(|leads| !leads))
+        .await
+        .expect("told before anybody could take over")
+        .expect("the holder lives");
+    assert!(!leader.claim.stands());
+    assert!(
+        frozen.elapsed() > Duration::from_secs(4),
+        "one slow answer is no reason to give up"
+    );
+
+    cluster.api_server().resume().expect("thawed");
+    leads(&leader, Duration::from_secs(10)).await;
+    leader.stop.cancel();
+    leader.task.await.expect("a future that ends on stop");
 }

@@ -227,9 +227,11 @@ async fn many_pods_are_listed_page_by_page() {
     }
     let followed = follow(client).await;
     let mut known = 0;
-    followed
-        .world
-        .each_pod(|here, _, _| known += usize::from(here == namespace));
+    followed.world.each_namespace(|here, pods| {
+        if here == namespace {
+            known = pods.count();
+        }
+    });
     assert_eq!(known, 450);
 }
 

@@ -1,6 +1,6 @@
 //! One look over the pods that the mesh is about.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
@@ -61,26 +61,22 @@ impl Counts {
 
 /// The pods of the mesh: those that an entry selects, and those that are left alone by name in a namespace of the mesh.
 pub(super) fn survey(world: &World, settings: &InjectSettings) -> Vec<Sighting> {
-    let mut namespaces: HashMap<String, Option<NamespaceFacts>> = HashMap::new();
     let mut sightings = Vec::new();
-    world.each_pod(|namespace, name, pod| {
-        if pod.finished || pod.deletion.is_some() {
-            return;
-        }
-        let facts = namespaces
-            .entry(namespace.to_owned())
-            .or_insert_with(|| facts(world, namespace));
-        let Some(found) = facts.as_ref().and_then(|facts| judge(facts, pod, settings)) else {
+    world.each_namespace(|namespace, pods| {
+        let Some(facts) = facts(world, namespace) else {
             return;
         };
-        sightings.push(Sighting {
+        let running = pods.filter(|(_, pod)| !pod.finished && pod.deletion.is_none());
+        let found =
+            running.filter_map(|(name, pod)| Some((name, pod, judge(&facts, pod, settings)?)));
+        sightings.extend(found.map(|(name, pod, found)| Sighting {
             namespace: namespace.to_owned(),
             pod: name.to_owned(),
             subject: subject(pod),
             owner: pod.owner.clone(),
             created: pod.created,
             found,
-        });
+        }));
     });
     sightings
 }

@@ -274,6 +274,109 @@ mod tests {
         assert!(!tries.may_try_early(at(29)));
     }
 
+    /// An API server that publishes what it is told to, which a real one does only after a restart with other keys.
+    #[derive(Clone, Default)]
+    struct Publisher {
+        jwks: Arc<std::sync::Mutex<Option<String>>>,
+        fetches: Arc<std::sync::atomic::AtomicUsize>,
+    }
+
+    impl Publisher {
+        fn publish(&self, jwks: Option<String>) {
+            *self.jwks.lock().expect("not poisoned") = jwks;
+        }
+
+        fn fetches(&self) -> usize {
+            self.fetches.load(Ordering::Relaxed)
+        }
+
+        fn client(&self) -> Client {
+            let publisher = self.clone();
+            let answer = move |request: Request<kube::client::Body>| {
+                let answer = publisher.answer(request.uri().path());
+                std::future::ready(Ok::<_, std::convert::Infallible>(answer))
+            };
+            Client::new(tower::service_fn(answer), "default")
+        }
+
+        fn answer(&self, path: &str) -> hyper::Response<kube::client::Body> {
+            let discovery = || Some(r#"{"issuer":"https://kubernetes.default.svc"}"#.to_owned());
+            let text = match path {
+                DISCOVERY => discovery(),
+                JWKS => {
+                    self.fetches.fetch_add(1, Ordering::Relaxed);
+                    self.jwks.lock().expect("not poisoned").clone()
+                }
+                _ => None,
+            };
+            let status = if text.is_some() { 200 } else { 503 };
+            let body = kube::client::Body::from(text.unwrap_or_default().into_bytes());
+            hyper::Response::builder()
+                .status(status)
+                .body(body)
+                .expect("an answer")
+        }
+    }
+
+    fn jwks(ids: &[&str]) -> Option<String> {
+        let coordinate = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE";
+        let keys: Vec<_> = ids
+            .iter()
+            .map(|id| serde_json::json!({"kty": "EC", "crv": "P-256", "kid": id, "x": coordinate, "y": coordinate}))
+            .collect();
+        Some(serde_json::json!({ "keys": keys }).to_string())
+    }
+
+    #[tokio::test]
+    async fn a_new_key_is_fetched_once_and_a_failed_fetch_keeps_the_last_good_ones() {
+        let publisher = Publisher::default();
+        let keys = Keys::new(publisher.client());
+        assert!(keys.published(at(0)).await.is_err());
+        assert!(keys.published(at(0)).await.is_err());
+        assert_eq!(publisher.fetches(), 1, "a second between two tries");
+
+        publisher.publish(jwks(&["a"]));
+        let first = keys.published(at(2)).await.expect("published");
+        assert_eq!(first.keys.len(), 1);
+        assert_eq!(publisher.fetches(), 2);
+
+        publisher.publish(jwks(&["a", "b"]));
+        let second = keys
+            .newer_than(&first, at(3))
+            .await
+            .expect("an early fetch");
+        assert_eq!((second.keys.len(), publisher.fetches()), (2, 3));
+        let same = keys
+            .newer_than(&first, at(3))
+            .await
+            .expect("fetched by another caller");
+        assert!(Arc::ptr_eq(&same, &second));
+        for second_of_pause in 4..33 {
+            assert!(
+                keys.newer_than(&second, at(second_of_pause))
+                    .await
+                    .is_none()
+            );
+        }
+        assert_eq!(publisher.fetches(), 3, "one for an unknown key in 30 s");
+
+        for (time, bad) in [
+            (33, None),
+            (63, Some("not a key set".to_owned())),
+            (93, Some(r#"{"keys":[]}"#.to_owned())),
+        ] {
+            publisher.publish(bad);
+            assert!(keys.newer_than(&second, at(time)).await.is_none());
+            let kept = keys.published(at(time)).await.expect("the last good ones");
+            assert!(Arc::ptr_eq(&kept, &second));
+        }
+        assert_eq!(publisher.fetches(), 6);
+        assert!(
+            keys.published(at(86_400 + 4)).await.is_err(),
+            "a day without news"
+        );
+    }
+
     #[test]
     fn keys_are_kept_for_a_day_without_news() {
         let published = Published {

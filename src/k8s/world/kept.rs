@@ -94,12 +94,19 @@ impl<F: Clone + PartialEq> Kept<F> {
         map.0.get(namespace)?.get(name).cloned()
     }
 
-    pub(super) fn each(&self, mut look: impl FnMut(&str, &str, &F)) {
+    pub(super) fn each(&self, mut look: impl FnMut(&F)) {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        map.0.values().flat_map(HashMap::values).for_each(&mut look);
+    }
+
+    pub(super) fn each_namespace(
+        &self,
+        mut look: impl FnMut(&str, &mut dyn Iterator<Item = (&str, &F)>),
+    ) {
         let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
         for (namespace, inside) in &map.0 {
-            for (name, facts) in inside {
-                look(namespace, name, facts);
-            }
+            let mut objects = inside.iter().map(|(name, facts)| (&**name, facts));
+            look(namespace, &mut objects);
         }
     }
 }
