@@ -238,6 +238,56 @@ async fn r12_fifty_replicas_that_start_at_once_make_one_root_and_none_of_them_en
     assert_eq!(created, 1, "one journal was made");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn r17_known_pods_get_certificates_while_the_api_server_is_frozen_or_gone() {
+    let Some(cluster) = Cluster::start(Setup::default()).await else {
+        return;
+    };
+    let Some(plane) = ControlPlane::install(&cluster, 1).await else {
+        return;
+    };
+    let replica = plane.replicas().first().expect("one replica");
+    let dir = tempfile::tempdir().expect("a directory");
+    let bundle = dir.path().join("bundle.pem");
+    std::fs::write(&bundle, ca_bundle(&cluster).await).expect("a file");
+    let namespace = cluster.namespace("caller", MESH).await;
+    create(&cluster, &namespace, &pod("caller"))
+        .await
+        .expect("a meshed pod");
+    let token = cluster
+        .token(
+            &namespace,
+            "default",
+            &TokenOf::Pod("caller"),
+            &[AUDIENCE],
+            600,
+        )
+        .await;
+    let csr = csr(dir.path()).await;
+    let ask = async |when: &str| {
+        let start = Instant::now();
+        let (status, answer) = certificate(replica, &bundle, &token, &csr).await;
+        assert_eq!(status, 201, "{when}: {answer:#}");
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{when}: after {:?}",
+            start.elapsed()
+        );
+    };
+    // Until the pod is known here: the first call may ask the API server instead.
+    ask("with the API server").await;
+
+    // Frozen is worse than gone: connections stay open and nobody answers on them.
+    cluster.api_server().pause().expect("SIGSTOP");
+    for _ in 0..3 {
+        ask("with the API server frozen").await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    cluster.api_server().kill();
+    ask("without an API server").await;
+    replica.process().check().expect("it goes on");
+}
+
 /// Waits until all four entries hold this bundle again, and says how long it took when that is over 2 s.
 async fn repaired(cluster: &Cluster, how: &str, right: &str) {
     let start = Instant::now();

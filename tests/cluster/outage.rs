@@ -25,6 +25,16 @@ async fn r08_r09_without_a_control_plane_only_pods_of_the_mesh_are_refused_and_i
         .expect("all is well");
     assert_eq!(names(&stored, "initContainers"), [INIT, PROXY]);
 
+    let mut injected = 0.0;
+    for replica in plane.replicas() {
+        let counter = "malha_injector_admission_requests_total";
+        injected += replica.counted(counter, "reason=\"Injected\"").await;
+    }
+    assert_eq!(
+        injected, 1.0,
+        "one pod was injected, by one of the two, and counted once"
+    );
+
     // SIGKILL, so that nobody says goodbye, and at once a look: the endpoints still stand.
     for replica in plane.replicas() {
         replica.process().kill();

@@ -74,14 +74,17 @@ pub(crate) async fn shared() -> Option<&'static Cluster> {
 pub(crate) fn programs_or_skip() -> Option<Programs> {
     match Programs::find() {
         Ok(programs) => Some(programs),
-        Err(error) if std::env::var_os("CI").is_some_and(|ci| !ci.is_empty() && ci != "false") => {
-            panic!("{error:#}")
-        }
+        Err(error) if in_ci() => panic!("{error:#}"),
         Err(error) => {
             skip(&error);
             None
         }
     }
+}
+
+/// Whether what would be skipped elsewhere must fail.
+fn in_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|ci| !ci.is_empty() && ci != "false")
 }
 
 /// Says that the running test is skipped, and why. Not by `eprintln!`, which the test harness swallows when the test
@@ -145,7 +148,8 @@ impl Cluster {
         }
     }
 
-    async fn start_with(setup: Setup, programs: Programs) -> Result<Self> {
+    /// [`Cluster::start`] for when the programs are known to be there, and a failure is an answer.
+    pub(crate) async fn start_with(setup: Setup, programs: Programs) -> Result<Self> {
         install_crypto_provider();
         let dir = Dir(tempfile::Builder::new()
             .prefix("malha-cluster-")
@@ -267,16 +271,6 @@ impl Cluster {
         &self.api_server
     }
 
-    /// etcd, likewise.
-    pub(crate) fn etcd(&self) -> &Process {
-        &self.etcd
-    }
-
-    /// The controller manager, likewise.
-    pub(crate) fn controllers(&self) -> &Process {
-        &self.controllers
-    }
-
     // -- who calls --
 
     /// A client with all rights. Make one in each test: its connections belong to the runtime it was made in.
@@ -287,18 +281,6 @@ impl Cluster {
     /// The kubeconfig of the user with all rights.
     pub(crate) fn admin_kubeconfig(&self) -> PathBuf {
         self.kubeconfig_path("admin")
-    }
-
-    /// A kubeconfig for a user known by a client certificate, in at most one group, with no rights but those that
-    /// the test grants. `system:masters` is the group that may do everything.
-    pub(crate) fn user(&self, user: &str, groups: &[&str]) -> PathBuf {
-        let file = format!("user-{}-{}", self.next(), user.replace([':', '/'], "-"));
-        let files = self
-            .pki
-            .client(&file, user, groups)
-            .expect("a certificate for a test user");
-        self.write_kubeconfig(&file, &files)
-            .expect("the directory of the cluster is writable")
     }
 
     /// A kubeconfig with a token of a ServiceAccount that exists, valid for a day: RBAC applies as in a pod.

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
@@ -105,6 +105,31 @@ async fn a_cluster_outlives_the_death_of_its_api_server() {
         .kubectl(["get", "namespace", &namespace], None)
         .await;
     assert!(output.status.success(), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_component_that_does_not_start_is_shown_by_the_end_of_its_log() {
+    let Some(programs) = rig::programs_or_skip() else {
+        return;
+    };
+    let setup = Setup {
+        api_server: vec!["--no-such-flag".to_owned()],
+        ..Setup::default()
+    };
+    let start = Instant::now();
+    let Err(error) = Cluster::start_with(setup, programs).await else {
+        panic!("an API server with a flag that it does not know");
+    };
+    let said = format!("{error:#}");
+    assert!(said.contains("kube-apiserver has ended"), "{said}");
+    assert!(
+        said.contains("unknown flag: --no-such-flag"),
+        "the log is in it: {said}"
+    );
+    assert!(
+        start.elapsed() < Duration::from_secs(30),
+        "nobody waits for what has ended"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
