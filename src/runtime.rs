@@ -1,7 +1,7 @@
 //! The process: owned tasks, shutdown, readiness, the admin port, telemetry, the real clock.
 //!
 //! signals -> [`shutdown::Shutdown`] -> everyone's `CancellationToken`; [`tasks::Tasks`] -> who ended first;
-//! [`readiness::Readiness`] + metrics -> [`admin::Admin`]
+//! [`readiness::Readiness`] + metrics -> [`admin::router`]
 
 pub mod admin;
 pub mod clock;

@@ -3,7 +3,6 @@
 //! Nothing secret is here and nothing can be changed, so there is nothing to authenticate: no profiles, no log level, no
 //! way to end the process.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -13,52 +12,11 @@ use axum::http::header::{ALLOW, CONTENT_TYPE};
 use axum::http::{HeaderValue, Method, Response, StatusCode};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
-use tokio_util::sync::CancellationToken;
 
 use crate::runtime::readiness::{self, Readiness};
-use crate::tls::{Bound, Limits, Metrics, TlsError};
 
-/// The admin port, taken and not served yet.
-pub struct Admin {
-    bound: Bound,
-}
-
-impl Admin {
-    /// Takes the port.
-    ///
-    /// # Errors
-    /// Where it cannot be had.
-    pub async fn bind(addr: SocketAddr) -> Result<Self, TlsError> {
-        let limits = Limits {
-            connections: 100,
-            ..Limits::default()
-        };
-        let bound = Bound::plain(addr, limits).await?;
-        Ok(Self { bound })
-    }
-
-    /// Where it listens.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.bound.local_addr()
-    }
-
-    /// Counts connections in `metrics`.
-    #[must_use]
-    pub fn counted(self, metrics: &Metrics) -> Self {
-        Self {
-            bound: self.bound.counted(metrics, "admin"),
-        }
-    }
-
-    /// Answers until it is dropped: while the process drains, probes still want to know.
-    pub async fn serve(self, readiness: Readiness, registry: Arc<Registry>) {
-        self.bound
-            .serve(router(readiness, registry), CancellationToken::new())
-            .await;
-    }
-}
-
-fn router(readiness: Readiness, registry: Arc<Registry>) -> Router {
+/// What the admin port answers. Serve it to the very end: while the process drains, probes still want to know.
+pub fn router(readiness: Readiness, registry: Arc<Registry>) -> Router {
     Router::new().fallback(answer).with_state(Told {
         readiness,
         registry,

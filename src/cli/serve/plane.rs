@@ -26,8 +26,7 @@ use crate::{
     identity::SpiffeId,
     inject::{ClusterFacts, Injector},
     runtime::{
-        self,
-        admin::Admin,
+        self, admin,
         readiness::{Gate, Readiness},
         tasks::Tasks,
     },
@@ -130,10 +129,14 @@ impl Plane {
         let take = async |addr, name, alpn| Port::take(addr, name, alpn, &limits, &metrics).await;
         let webhook = take(settings.webhook_addr, "webhook", Alpn::Http1).await?;
         let ca = take(settings.ca_addr, "ca", Alpn::Http2).await?;
-        let admin = Admin::bind(settings.admin_addr)
+        let few = Limits {
+            connections: 100,
+            ..Limits::default()
+        };
+        let admin = Bound::plain(settings.admin_addr, few)
             .await
-            .or_exit(Exit::Internal)?;
-        let admin = admin.counted(&metrics.listeners);
+            .or_exit(Exit::Internal)?
+            .counted(&metrics.listeners, "admin");
         let admin_addr = admin.local_addr();
 
         let mut registry = runtime::metrics::registry(clock.now());
@@ -146,7 +149,9 @@ impl Plane {
             ca: readiness.gate("CA listener"),
         };
         let mut tasks = Tasks::new(stop.clone());
-        tasks.attend("admin", admin.serve(readiness.clone(), Arc::new(registry)));
+        // It answers until it is dropped: while the others drain, probes still want to know.
+        let app = admin::router(readiness.clone(), Arc::new(registry));
+        tasks.attend("admin", admin.serve(app, CancellationToken::new()));
         Ok(Self {
             settings,
             clock,

@@ -182,6 +182,14 @@ async fn what_is_no_review_is_a_bad_request() {
         ("kind twice", twice("\"kind\":\"AdmissionReview\"")),
         ("namespace twice", twice("\"namespace\":\"shop\"")),
         ("dryRun twice", twice("\"dryRun\":false")),
+        (
+            "a pod's name twice",
+            twice("\"generateName\":\"web-6d4cf56db6-\""),
+        ),
+        (
+            "a pod's restartPolicy twice",
+            twice("\"restartPolicy\":\"Always\""),
+        ),
     ];
     let mut connection = served.connect().await;
     let sent = cases.len() as u64;
