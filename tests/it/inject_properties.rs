@@ -9,6 +9,7 @@ mod case;
 mod checks;
 mod corruptions;
 mod expected;
+mod other_settings;
 mod quantity;
 mod restricted;
 mod shrink;

@@ -118,6 +118,10 @@ fn a_misspelt_annotation_is_told_with_the_nearest_name() {
     for (typo, meant) in [
         ("sidecar.istio.io/proxyCpu", "sidecar.istio.io/proxyCPU"),
         (
+            "sidecar.istio.io/rewriteAppHTTPProbes",
+            "sidecar.istio.io/rewriteAppHTTPProbers",
+        ),
+        (
             "traffic.sidecar.istio.io/excludeOutboundPort",
             "traffic.sidecar.istio.io/excludeOutboundPorts",
         ),

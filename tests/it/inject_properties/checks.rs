@@ -975,14 +975,14 @@ pub(crate) fn p15_quality_of_service_is_kept(_: &Subject, case: &Case) -> Result
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Quality {
+pub(crate) enum Quality {
     Guaranteed,
     Burstable,
     BestEffort,
 }
 
 /// As `k8s.io/component-helpers/.../qos` computes it: init containers count, zero does not.
-fn quality(pod: &Value) -> Quality {
+pub(crate) fn quality(pod: &Value) -> Quality {
     let level = &pod["spec"]["resources"];
     let amount = |resources: &Value, kind: &str, resource: &str| {
         let text = match &resources[kind][resource] {
