@@ -7,6 +7,7 @@ mod adversarial;
 mod annotations;
 mod case;
 mod checks;
+mod contents;
 mod corruptions;
 mod expected;
 mod other_settings;
