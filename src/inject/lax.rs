@@ -376,7 +376,19 @@ fn write_object<'r>(fields: impl Iterator<Item = (&'r str, Raw<'r>)>, depth: u8,
 
 /// Writes a JSON string.
 pub(super) fn write_text(text: &str, out: &mut String) {
-    out.push_str(&serde_json::to_string(text).expect("a string always serialises"));
+    if is_plain(text) {
+        out.push('"');
+        out.push_str(text);
+        out.push('"');
+    } else {
+        out.push_str(&serde_json::to_string(text).expect("a string always serialises"));
+    }
+}
+
+/// Nothing in the text needs an escape in JSON (RFC 8259 section 7).
+pub(super) fn is_plain(text: &str) -> bool {
+    text.bytes()
+        .all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\')
 }
 
 /// Writes a JSON string that `$(NAME)` expansion leaves alone.

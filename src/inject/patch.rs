@@ -6,7 +6,7 @@
 
 use std::fmt::{self, Write};
 
-use super::lax::write_text;
+use super::lax::{is_plain, write_text};
 
 /// A list of operations, in the order in which they are applied.
 #[derive(Debug, Default)]
@@ -114,6 +114,10 @@ impl Pointer {
 
     fn push(&mut self, token: &str) {
         self.json.push('/');
+        if is_plain(token) && !token.contains(['~', '/']) {
+            self.json.push_str(token);
+            return;
+        }
         let escaped = token.replace('~', "~0").replace('/', "~1");
         let quoted = serde_json::to_string(&escaped).expect("a string always serialises");
         let inner = quoted

@@ -246,7 +246,10 @@ fn app_ports(pod: &PodView<'_>) -> String {
         Some(AppPort {
             container_port: number.filter(|number| *number != 0)?,
             name: port.name.into_present(),
-            protocol: port.protocol.into_present().unwrap_or("TCP".into()),
+            protocol: port
+                .protocol
+                .into_present()
+                .unwrap_or(Text::Borrowed("TCP")),
         })
     });
     serde_json::to_string(&ports.collect::<Vec<_>>()).expect("numbers and strings always serialise")

@@ -40,6 +40,9 @@ pub(super) fn shares(
     let proxy = proxy_share(wishes, settings, guaranteed)?;
     let mut init = settings.init.resources.clone();
     if guaranteed {
+        let pair = &settings.proxy.guaranteed;
+        init.limits.cpu = init.limits.cpu.or_else(|| pair.cpu.clone());
+        init.limits.memory = init.limits.memory.or_else(|| pair.memory.clone());
         init.requests = init.limits.clone();
     } else if is_empty(&proxy) {
         init = ResourceSettings::default(); // the operator wants BestEffort pods to stay so

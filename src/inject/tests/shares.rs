@@ -144,3 +144,16 @@ fn a_default_limit_of_nothing_stays_nothing() {
     let asked = annotated(&[("sidecar.istio.io/proxyCPU", "3")]);
     assert_eq!(resources(&unlimited, &asked), both(["3", ""], memory));
 }
+
+#[test]
+fn a_guaranteed_pod_stays_so_where_all_defaults_are_empty() {
+    let empty = "{resources: {requests: {cpu: '', memory: ''}, limits: {cpu: '', memory: ''}}}";
+    let injected = holds(
+        &with(&format!("proxy: {empty}\ninit: {empty}")),
+        &guaranteed(),
+        &call(),
+    );
+    let pair = both(["500m", "500m"], ["256Mi", "256Mi"]);
+    assert_eq!(proxy(&injected)["resources"], pair);
+    assert_eq!(init(&injected)["resources"], pair);
+}
