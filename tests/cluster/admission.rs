@@ -402,6 +402,11 @@ async fn pod_security_refuses_only_the_init_container_and_the_author_is_warned()
         !said.contains(PROXY),
         "the sidecar alone satisfies restricted: {said}"
     );
+    assert!(
+        said.contains("Warning: PodSecurityForbidsInit"),
+        "the reason beside the refusal: {said}"
+    );
+
     // A workload's author hears of it at apply time, before any pod is refused.
     let output = cluster
         .kubectl(
