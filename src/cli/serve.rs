@@ -101,9 +101,9 @@ impl Args {
     }
 }
 
-/// An error and its causes in one line: a record that names the object and not what the API server said of it helps nobody.
+/// For a log: a record that names the object and not what the API server said of it helps nobody.
 fn whole(error: impl Into<anyhow::Error>) -> String {
-    format!("{:#}", error.into())
+    super::terminal::whole(&error.into())
 }
 
 /// One line that tells what is in force and who said it.

@@ -77,7 +77,7 @@ impl Terminal {
             }) => Exit::Done,
             Err(Failure { exit, error }) => {
                 let label = paint(AnsiColor::Red.on_default().bold(), "error:");
-                self.note(&format!("{label} {error:#}"));
+                self.note(&format!("{label} {}", whole(&error)));
                 exit
             }
         }
@@ -96,6 +96,18 @@ fn written(mut out: impl Write, text: &str) -> Result<(), Failure> {
                 anyhow::Error::new(error).context("cannot write the result to standard output"),
             )
         })
+}
+
+/// An error and its causes in one line. A cause that an error before it has already quoted is not said again.
+pub(super) fn whole(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |said, cause| {
+        let cause = cause.to_string();
+        match said.as_str() {
+            "" => cause,
+            _ if said.contains(&cause) => said,
+            _ => format!("{said}: {cause}"),
+        }
+    })
 }
 
 /// `text` in a style, which [`Terminal::styled`] and [`Terminal::note`] drop where it is not wanted.

@@ -232,10 +232,13 @@ impl World {
         while let Some(event) = events.next().await {
             match event {
                 Ok(event) => {
-                    self.hear();
-                    pauses.reset();
-                    if std::mem::take(&mut failing) {
-                        info!(kind = %K::plural(&()), "is watched again");
+                    // `Init` says that a list is about to be asked for, not that anybody answered.
+                    if !matches!(event, Event::Init) {
+                        self.hear();
+                        pauses.reset();
+                        if std::mem::take(&mut failing) {
+                            info!(kind = %K::plural(&()), "is watched again");
+                        }
                     }
                     let listed = matches!(event, Event::InitDone);
                     if take(event, kept, &mut listing, &mut facts) {

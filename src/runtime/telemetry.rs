@@ -41,6 +41,9 @@ pub enum TelemetryError {
     Twice(#[source] TryInitError),
 }
 
+/// kube's client logs each failed call as an error of its own, beside ours that say what it was for.
+const ALWAYS_QUIET: &str = "kube_client::client::builder=off";
+
 /// Starts to log what `filter` lets through (`RUST_LOG`'s syntax; `info` if there is none), panics included.
 ///
 /// # Errors
@@ -51,6 +54,8 @@ pub fn init(filter: Option<&str>) -> Result<(), TelemetryError> {
         filter: filter.to_owned(),
         source,
     })?;
+    let quiet = ALWAYS_QUIET.parse().expect("a directive of ours");
+    let filter = filter.add_directive(quiet);
     let (queue, writing) = NonBlockingBuilder::default()
         .lossy(true)
         .buffered_lines_limit(QUEUED)
