@@ -1,7 +1,7 @@
 //! Who is calling: service-account tokens checked offline against a key set, and the liveness of what they are bound to.
 //!
 //! token + [`KeySet`] + [`TokenPolicy`] -> [`verify`] -> [`TokenClaims`] + [`Liveness`] -> [`bind`] -> [`Caller`];
-//! where that cannot be decided offline, the API server's answer -> [`review`] -> [`Caller`]
+//! where that cannot be decided offline, the API server's answer -> [`review()`] -> [`Caller`]
 
 mod keys;
 mod liveness;

@@ -1,10 +1,10 @@
 //! Who leads: one Lease (`coordination.k8s.io/v1`), held by at most one replica at a time.
 //!
-//! Lease + what was observed of it + monotonic time -> [`Next`] -> one write by compare-and-swap
+//! Lease + what was observed of it + monotonic time -> `Next` -> one write by compare-and-swap
 //!
 //! The rules are those of client-go's leader election. Nobody compares its wall clock with another's: a candidate waits
 //! until it has *itself* seen the Lease unchanged for the whole duration. The holder trusts its claim until
-//! [`RENEW_WITHIN`] after it *began* its last successful renewal, which is earlier than any candidate may take over. A
+//! `RENEW_WITHIN` after it *began* its last successful renewal, which is earlier than any candidate may take over. A
 //! process that was paused (SIGSTOP, a frozen VM) finds the claim over by its own monotonic clock before it acts.
 
 use std::{

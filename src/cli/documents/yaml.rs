@@ -1,6 +1,6 @@
 //! YAML as `kubectl` understands it.
 //!
-//! `kubectl` reads YAML 1.1 (`yes` is true, `0755` is 493). So does [`read`]; and [`write`] quotes every string that
+//! `kubectl` reads YAML 1.1 (`yes` is true, `0755` is 493). So does [`read`]; and [`write()`] quotes every string that
 //! YAML 1.1 or 1.2 would take for something else.
 
 use std::fmt;
