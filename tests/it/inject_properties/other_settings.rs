@@ -137,9 +137,6 @@ fn without_default_resources_a_best_effort_pod_stays_one() {
         {
             continue;
         }
-        if quality(&case.before) == Quality::Guaranteed {
-            continue; // the operator's empty defaults leave the init container without limits
-        }
         were += usize::from(quality(&case.before) == Quality::BestEffort);
         assert_eq!(quality(&case.after), quality(&case.before), "{case}");
     }
