@@ -46,10 +46,14 @@ impl MeshArgs {
     }
 
     /// The namespaces of all templates in `documents`: as the documents say, else as the flag says, else selected.
+    ///
+    /// # Errors
+    /// [`Exit::BadInput`] where a label or annotation that decides is not text: read as absent, it would decide wrongly.
     pub(super) fn surroundings(&self, documents: &[Document]) -> Result<Surroundings, Failure> {
         let mut namespaces = Vec::new();
         for document in documents {
             namespaces_in(&document.value, &mut namespaces)
+                .and_then(|()| templates_are_text(&document.value))
                 .map_err(|fault| document.fault(fault))
                 .or_exit(Exit::BadInput)?;
         }
@@ -101,9 +105,9 @@ fn namespace_facts(object: &Value) -> anyhow::Result<NamespaceFacts> {
         Value::Null => {}
         Value::Object(entries) => {
             for (key, value) in entries {
-                let value = value.as_str().with_context(|| {
-                    format!("Namespace {name}: label {key} is {value}, not text; quote it")
-                })?;
+                let value = value
+                    .as_str()
+                    .with_context(|| not_text(&format!("Namespace {name}"), "label", key, value))?;
                 labels.insert(key.clone(), value.to_owned());
             }
         }
@@ -113,6 +117,31 @@ fn namespace_facts(object: &Value) -> anyhow::Result<NamespaceFacts> {
         name: name.to_owned(),
         labels,
     })
+}
+
+/// Whether all labels and annotations of the pods and templates in a document are text, as the API server wants them. A
+/// null is an empty text to it.
+fn templates_are_text(document: &Value) -> anyhow::Result<()> {
+    for template in workload::templates(document) {
+        let Some(pod) = template.pod(document) else {
+            continue;
+        };
+        let object = format!("{} {}", template.kind, template.name);
+        for (field, noun) in [("labels", "label"), ("annotations", "annotation")] {
+            let entries = pod["metadata"][field].as_object().into_iter().flatten();
+            for (key, value) in entries {
+                if !(value.is_string() || value.is_null()) {
+                    return Err(anyhow!(not_text(object.trim_end(), noun, key, value)));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// YAML makes another type of an unquoted `false` or `8080`.
+fn not_text(object: &str, noun: &str, key: &str, value: &Value) -> String {
+    format!("{object}: {noun} {key} is {value}, not text; quote it")
 }
 
 fn parse_labels(text: &str) -> Result<Labels, String> {
