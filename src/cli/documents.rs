@@ -4,7 +4,7 @@
 //!
 //! What is read is what `kubectl` would read: YAML 1.1 booleans and octals, duplicate keys refused. What is written
 //! reads the same to it: a string that looks like another type is quoted, as a key too. A document that nobody
-//! changed is printed as it was, comments included.
+//! changed is printed as it was, comments and the digits of its numbers included, unless it changes its format.
 
 mod yaml;
 
@@ -49,8 +49,8 @@ pub(super) struct Document {
     pub(super) origin: Origin,
     /// The object; always a map with `apiVersion` and `kind`.
     pub(super) value: Value,
-    /// The YAML text it was read from, for a document that is printed as it was.
-    text: Option<String>,
+    /// The text it was read from and its format, for a document that is printed as it was.
+    text: Option<(Format, String)>,
 }
 
 /// A line of a file, as an editor would jump to it.
@@ -144,23 +144,18 @@ impl InputArgs {
 pub(super) fn render(documents: &[(Document, bool)], format: Format) -> anyhow::Result<String> {
     let mut out = String::new();
     for (document, changed) in documents {
-        match format {
-            Format::Json => {
-                out.push_str(&serde_json::to_string_pretty(&document.value)?);
-                out.push('\n');
-            }
-            Format::Yaml => {
-                if !out.is_empty() {
-                    out.push_str("---\n");
-                }
-                match &document.text {
-                    Some(text) if !changed => out.push_str(text),
-                    _ => out.push_str(&yaml::write(&document.value)?),
-                }
-                if !out.ends_with('\n') {
-                    out.push('\n');
-                }
-            }
+        if format == Format::Yaml && !out.is_empty() {
+            out.push_str("---\n");
+        }
+        match &document.text {
+            Some((written, text)) if !changed && *written == format => out.push_str(text),
+            _ => out.push_str(&match format {
+                Format::Json => serde_json::to_string_pretty(&document.value)?,
+                Format::Yaml => yaml::write(&document.value)?,
+            }),
+        }
+        if !out.ends_with('\n') {
+            out.push('\n');
         }
     }
     Ok(out)
@@ -257,14 +252,19 @@ fn parse_json(text: &str, file: &str) -> anyhow::Result<Vec<Document>> {
     let mut documents = Vec::new();
     let mut stream = serde_json::Deserializer::from_str(text).into_iter::<yaml::Unique>();
     loop {
-        let begin = stream.byte_offset();
+        let end_of_last = stream.byte_offset();
         let Some(next) = stream.next() else { break };
+        let value = next?.0;
+        let rest = &text[end_of_last..stream.byte_offset()];
+        let own = rest.trim_start();
+        let begin = end_of_last + rest.len() - own.len();
         let line = 1 + text[..begin].matches('\n').count();
         let origin = Origin {
             file: file.to_owned(),
             line,
         };
-        documents.push(Document::new(origin, next?.0, None)?);
+        let own = (Format::Json, own.to_owned());
+        documents.push(Document::new(origin, value, Some(own))?);
     }
     Ok(documents)
 }
@@ -277,7 +277,8 @@ fn parse_yaml(chunk: yaml::Chunk<'_>, file: &str) -> anyhow::Result<Option<Docum
     let Some(value) = yaml::read(&chunk).map_err(|fault| anyhow!("{file}:{fault}"))? else {
         return Ok(None);
     };
-    Document::new(origin, value, chunk.verbatim()).map(Some)
+    let text = chunk.verbatim().map(|text| (Format::Yaml, text));
+    Document::new(origin, value, text).map(Some)
 }
 
 impl Document {
@@ -286,7 +287,7 @@ impl Document {
         fault.into().context(self.origin.to_string())
     }
 
-    fn new(origin: Origin, value: Value, text: Option<String>) -> anyhow::Result<Self> {
+    fn new(origin: Origin, value: Value, text: Option<(Format, String)>) -> anyhow::Result<Self> {
         let field = |name: &str| {
             value
                 .get(name)
@@ -364,7 +365,49 @@ mod tests {
             "{\"apiVersion\": \"v1\",\n \"kind\": \"Pod\"}\n{\"apiVersion\": \"v1\", \"kind\": \"List\"}",
         );
         let lines: Vec<_> = found.iter().map(|document| document.origin.line).collect();
-        assert_eq!(lines, [1, 2]);
+        assert_eq!(lines, [1, 3]);
+    }
+
+    #[test]
+    fn numbers_stay_as_they_were_written_where_nobody_changed_the_document() {
+        let text = "{\"apiVersion\":\"v1\", \"kind\":\"A\", \"x\":1e2, \"y\":1.10}\n{\n  \"apiVersion\": \"v1\", \"kind\": \"B\",\n  \"x\": 123456789012345678901234\n}";
+        let render_as = |changed: bool, format| {
+            let documents = documents(text).into_iter().map(|one| (one, changed));
+            render(&documents.collect::<Vec<_>>(), format).expect("writable")
+        };
+        assert_eq!(render_as(false, Format::Json), format!("{text}\n"));
+        assert_eq!(
+            render_as(false, Format::Yaml),
+            render_as(true, Format::Yaml)
+        );
+        assert!(render_as(true, Format::Json).contains("\"x\": 100,"));
+    }
+
+    /// `priority: 100.0` does not decode into an integer of the API's.
+    #[test]
+    fn an_integer_is_read_as_one_however_it_is_written() {
+        let cases = [
+            ("1e2", "100"),
+            ("100.0", "100"),
+            ("-2.50e1", "-25"),
+            ("0.0", "0"),
+            ("9007199254740992.0", "9007199254740992"),
+            ("-9007199254740992.0", "-9007199254740992"),
+            ("1.5", "1.5"),
+            // beyond what a float holds exactly, no digit is made up
+            ("9007199254740994.0", "9007199254740994.0"),
+            ("1e30", "1e+30"),
+            ("18446744073709551615", "18446744073709551615"),
+        ];
+        for (text, want) in cases {
+            for manifest in [
+                format!("{{\"apiVersion\":\"v1\",\"kind\":\"A\",\"x\":{text}}}"),
+                format!("apiVersion: v1\nkind: A\nx: {text}\n"),
+            ] {
+                let found = documents(&manifest);
+                assert_eq!(found[0].value["x"].to_string(), want, "{manifest}");
+            }
+        }
     }
 
     #[test]

@@ -42,10 +42,7 @@ fn the_patch_leads_where_the_manifests_stand() {
         .into_iter()
         .collect::<Result<_, _>>()
         .expect("patches");
-    let injected: Vec<Value> = serde_json::Deserializer::from_str(&injected)
-        .into_iter()
-        .collect::<Result<_, _>>()
-        .expect("objects");
+    let injected = objects(&injected);
     let mut patched = documents(&stream);
     assert_eq!(patches.len(), patched.len());
     for (document, patch) in patched.iter_mut().zip(&patches) {
@@ -63,7 +60,10 @@ fn yaml_and_json_in_give_the_same_out() {
         .collect::<Vec<_>>()
         .join("\n");
     let args = ["inject", "-f", "-", "-o", "json"];
-    assert_eq!(stdout(malha(args, &yaml)), stdout(malha(args, &json)));
+    assert_eq!(
+        objects(&stdout(malha(args, &yaml))),
+        objects(&stdout(malha(args, &json)))
+    );
 }
 
 #[test]
@@ -387,6 +387,12 @@ fn workloads() -> String {
 
 fn documents(stream: &str) -> Vec<Value> {
     serde_saphyr::from_multiple(stream).expect("YAML")
+}
+
+/// JSON, one object after the other.
+fn objects(stream: &str) -> Vec<Value> {
+    let objects = serde_json::Deserializer::from_str(stream).into_iter();
+    objects.collect::<Result<_, _>>().expect("objects")
 }
 
 fn command<I: IntoIterator<Item = A>, A: AsRef<std::ffi::OsStr>>(args: I) -> Command {

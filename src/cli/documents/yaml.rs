@@ -154,6 +154,10 @@ impl<'de> Deserialize<'de> for Unique {
 
 struct UniqueVisitor;
 
+/// 2^53: up to here a float holds every integer. `1e2` means the integer, and `kubectl` sends 100; an integer field of
+/// the API would refuse 100.0.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
 impl<'de> Visitor<'de> for UniqueVisitor {
     type Value = Value;
 
@@ -179,6 +183,9 @@ impl<'de> Visitor<'de> for UniqueVisitor {
         Ok(Value::from(value))
     }
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        if value.fract() == 0.0 && value.abs() <= EXACT {
+            return Ok(Value::from(value as i64));
+        }
         Number::from_f64(value).map(Value::Number).ok_or_else(|| {
             E::custom("a number that JSON does not have (infinite, or not a number)")
         })
@@ -275,7 +282,7 @@ mod tests {
             ("0o17", json!(15)),
             ("0x1F", json!(31)),
             ("1_000", json!(1000)),
-            ("1e3", json!(1000.0)),
+            ("1e3", json!(1000)),
             ("18446744073709551615", json!(u64::MAX)),
             ("-9223372036854775808", json!(i64::MIN)),
             ("~", Value::Null),
@@ -285,7 +292,7 @@ mod tests {
             ("1.10", json!(1.1)),
             ("2001-12-14", json!("2001-12-14")),
             ("12:30:45", json!("12:30:45")),
-            ("09", json!(9.0)),
+            ("09", json!(9)),
             ("1.2.3", json!("1.2.3")),
             ("100m", json!("100m")),
             ("!!str 17", json!("17")),
