@@ -16,18 +16,28 @@ help: ## This list
 
 # -- what must be there first; each line says how to get it --
 
+# $(call need,PROGRAM,PACKAGES): root on Debian gets the packages at once, everybody else is told the command.
+define need
+@command -v $(1) >/dev/null 2>&1 || { \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+		echo "make: installing $(2)" >&2; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2) >/dev/null; \
+	else \
+		echo "make: $(1) is needed: apt-get install $(2), or your system's like" >&2; exit 1; \
+	fi; }
+endef
+
 .PHONY: needs-rust needs-go needs-clients
 needs-rust:
 	@command -v $(CARGO) >/dev/null 2>&1 || { echo "make: Rust 1.89 or later is needed: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
-	@command -v cc >/dev/null 2>&1 || { echo "make: a C compiler is needed (for aws-lc): apt-get install gcc libc6-dev, or your system's like" >&2; exit 1; }
+	$(call need,cc,gcc libc6-dev)
 
 needs-go:
 	@command -v go >/dev/null 2>&1 || { echo "make: Go 1.26 or later is needed to build the test cluster's programs: https://go.dev/dl" >&2; exit 1; }
 
 needs-clients:
-	@for program in curl openssl; do \
-		command -v $$program >/dev/null 2>&1 || { echo "make: $$program is needed: apt-get install $$program, or your system's like" >&2; exit 1; }; \
-	done
+	$(call need,curl,curl ca-certificates)
+	$(call need,openssl,openssl)
 
 # -- use --
 
@@ -51,10 +61,10 @@ certs: needs-rust ## Make development certificates in certs/dev
 .PHONY: test test-unit test-cluster rig
 test: test-unit test-cluster ## Run every test, from nothing
 
-test-unit: needs-rust ## Run the tests that need no cluster
+test-unit: needs-rust needs-clients ## Run the tests that need no cluster
 	$(CARGO) test --locked --lib --bins --test it $(ARGS)
 
-test-cluster: needs-rust rig ## Run the tests on a real API server
+test-cluster: needs-rust needs-clients rig ## Run the tests on a real API server
 	$(CARGO) test --locked --test cluster $(ARGS)
 
 rig: needs-go ## Build etcd, kube-apiserver, kube-controller-manager and kubectl into the cache (once)
