@@ -8,7 +8,12 @@ pub(super) mod overrides;
 mod plane;
 mod sanity;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Write},
+    path::PathBuf,
+};
 
 use anyhow::Context as _;
 use clap::{ArgMatches, Command, FromArgMatches};
@@ -41,12 +46,20 @@ pub(super) struct Args {
     context: Option<String>,
     #[command(flatten)]
     flags: Flags,
+    /// Where `malha tour` keeps the audit records, and itself says what to try.
+    #[arg(skip)]
+    pub(super) audit: Option<File>,
 }
 
-pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
+pub(super) fn run(mut args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
     let layers = args.layers()?;
     let settings = settings::parse(&layers)?;
-    telemetry::init(Some(&settings.log)).or_exit(Exit::Usage)?;
+    let hints = args.audit.is_none();
+    let audit: Box<dyn Write + Send> = match args.audit.take() {
+        Some(file) => Box::new(file),
+        None => Box::new(io::stderr()),
+    };
+    telemetry::init(Some(&settings.log), audit).or_exit(Exit::Usage)?;
     hardening::harden()
         .context("cannot forbid core dumps, which would hold private keys")
         .or_exit(Exit::Internal)?;
@@ -56,19 +69,24 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
         .build()
         .context("cannot start the async runtime")
         .or_exit(Exit::Internal)?
-        .block_on(serve(args, settings, terminal));
+        .block_on(serve(args, settings, hints, terminal));
     telemetry::flush();
     ended
 }
 
-async fn serve(args: Args, settings: Settings, terminal: &mut Terminal) -> Result<Exit, Failure> {
+async fn serve(
+    args: Args,
+    settings: Settings,
+    hints: bool,
+    terminal: &mut Terminal,
+) -> Result<Exit, Failure> {
     let shutdown = Shutdown::install()
         .context("cannot listen to signals")
         .or_exit(Exit::Internal)?;
     let stop = shutdown.stop();
     let plane = async {
         match args.standalone {
-            Some(directory) => local::serve(&directory, settings, stop, terminal).await,
+            Some(directory) => local::serve(&directory, settings, stop, hints, terminal).await,
             None => {
                 let access = Access {
                     kubeconfig: args.kubeconfig,

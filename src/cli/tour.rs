@@ -6,10 +6,10 @@
 
 use std::{
     ffi::OsStr,
-    fs,
+    fs::{self, File},
     io::{self, Write as _},
     net::SocketAddr,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::mpsc,
@@ -26,6 +26,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Cli, Exit, Failure, Terminal, Verb, exit::OrExit as _, serve, terminal::paint};
+use crate::standalone::Directory;
 
 const POD: &str = include_str!("../../manifests/samples/pod.yaml");
 const NAMESPACE: &str = include_str!("../../manifests/samples/namespace.yaml");
@@ -61,7 +62,8 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
             })
             .or_exit(Exit::Usage)?;
     }
-    let serve = serve_args(&args)?;
+    let mut serve = serve_args(&args)?;
+    serve.audit = Some(audit_file(&args.dir)?);
     let (tell, told) = mpsc::channel();
     let walk = Walk::new(&args, *terminal);
     let once = args.once;
@@ -94,7 +96,7 @@ fn with_way_out(mut failure: Failure, args: &Args) -> Failure {
 }
 
 fn serve_args(args: &Args) -> Result<serve::Args, Failure> {
-    let mut words: Vec<&OsStr> = ["malha", "serve", "--log", "warn,audit=off", "--standalone"]
+    let mut words: Vec<&OsStr> = ["malha", "serve", "--log", "warn", "--standalone"]
         .map(OsStr::new)
         .to_vec();
     words.push(args.dir.as_os_str());
@@ -111,6 +113,19 @@ fn serve_args(args: &Args) -> Result<serve::Args, Failure> {
         _ => unreachable!("the words say serve"),
     }
 }
+
+/// Where the audit records go, so that they do not stand in the middle of the story.
+fn audit_file(directory: &Path) -> Result<File, Failure> {
+    Directory::open(directory).or_exit(Exit::BadInput)?;
+    let path = directory.join(AUDIT);
+    let mut options = File::options();
+    let opened = options.create(true).append(true).mode(0o600).open(&path);
+    opened
+        .with_context(|| format!("cannot open {}", path.display()))
+        .or_exit(Exit::BadInput)
+}
+
+const AUDIT: &str = "audit.jsonl";
 
 /// What calls the server, and where it leaves what it sends and gets.
 struct Walk {
@@ -292,9 +307,10 @@ impl Walk {
             "2. A workload asks for its identity with the token of service account shop/orders",
         );
         Ok(format!(
-            "\n{title}\n   openssl req -> {} -> {url} -> {}\n   the CSR asked for CN=admin, CA:TRUE and the identity of kube-system/admin: only its key was used\n{}   $ openssl verify -x509_strict\n{}",
+            "\n{title}\n   openssl req -> {} -> {url} -> {}\n   the CSR asked for CN=admin, CA:TRUE and the identity of kube-system/admin: only its key was used\n   the audit record of it -> {}\n{}   $ openssl verify -x509_strict\n{}",
             csr.display(),
             answer["spiffe_id"].as_str().unwrap_or("no identity"),
+            self.dir.join(AUDIT).display(),
             indented(&String::from_utf8_lossy(&shown)),
             indented(&String::from_utf8_lossy(&verified)),
         ))

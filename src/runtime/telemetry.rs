@@ -1,4 +1,4 @@
-//! Logs: text on a terminal, JSON everywhere else, one record a line, always on stderr.
+//! Logs: text on a terminal, JSON everywhere else, one record a line, on stderr.
 //!
 //! event -> filter -> line -> queue -> one thread that writes
 //!
@@ -44,11 +44,15 @@ pub enum TelemetryError {
 /// kube's client logs each failed call as an error of its own, beside ours that say what it was for.
 const ALWAYS_QUIET: &str = "kube_client::client::builder=off";
 
-/// Starts to log what `filter` lets through (`RUST_LOG`'s syntax; `info` if there is none), panics included.
+/// Starts to log what `filter` lets through (`RUST_LOG`'s syntax; `info` if there is none), panics included. Audit records
+/// go to `audit`: standard error, where collectors look, unless somebody reads a story there.
 ///
 /// # Errors
 /// Where the filter cannot be read, or this is the second call.
-pub fn init(filter: Option<&str>) -> Result<(), TelemetryError> {
+pub fn init(
+    filter: Option<&str>,
+    audit: impl Write + Send + 'static,
+) -> Result<(), TelemetryError> {
     let filter = filter.unwrap_or("info");
     let filter = EnvFilter::try_new(filter).map_err(|source| TelemetryError::Filter {
         filter: filter.to_owned(),
@@ -76,7 +80,7 @@ pub fn init(filter: Option<&str>) -> Result<(), TelemetryError> {
     let is_audit = || filter_fn(|metadata| metadata.target() == AUDIT);
     tracing_subscriber::registry()
         .with(lines.with_filter(filter.and(is_audit().not())))
-        .with(Audit.with_filter(is_audit()))
+        .with(Audit(Mutex::new(audit)).with_filter(is_audit()))
         .try_init()
         .map_err(TelemetryError::Twice)?;
     let _ = LOST.set(lost);
@@ -126,15 +130,16 @@ fn message(payload: &(dyn Any + Send)) -> &str {
 }
 
 /// Writes the message of each event, and nothing else.
-struct Audit;
+struct Audit<W>(Mutex<W>);
 
-impl<S: Subscriber> Layer<S> for Audit {
+impl<S: Subscriber, W: Write + Send + 'static> Layer<S> for Audit<W> {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let mut record = Message(String::new());
         event.record(&mut record);
         record.0.push('\n');
         // There is no other place to say that it cannot be written.
-        let _ = io::stderr().lock().write_all(record.0.as_bytes());
+        let mut out = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = out.write_all(record.0.as_bytes());
     }
 }
 
@@ -154,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_filter_that_makes_no_sense_is_told_with_one_that_does() {
-        let error = init(Some("malha=loud=very")).expect_err("no filter");
+        let error = init(Some("malha=loud=very"), io::sink()).expect_err("no filter");
         assert!(
             error
                 .to_string()

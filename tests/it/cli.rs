@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Command, Output, Stdio},
 };
@@ -192,6 +193,9 @@ fn the_tour_shows_a_patch_and_a_certificate_and_the_verbs_work_on_what_it_leaves
     let tour = command(["tour", "--once", "--free-ports", "--dir", mesh])
         .output()
         .expect("malha runs");
+    let said = text(&tour.stderr);
+    assert!(said.contains("malha serves from"), "{said}");
+    assert!(!said.contains('{') && !said.contains("try:"), "{said}");
     let shown = stdout(tour);
     for words in [
         "Injected",
@@ -204,6 +208,19 @@ fn the_tour_shows_a_patch_and_a_certificate_and_the_verbs_work_on_what_it_leaves
     assert!(!shown.contains("kube-system/sa/admin\n"), "{shown}");
 
     let file = |name: &str| format!("{mesh}/{name}");
+    let audit = file("audit.jsonl");
+    let mode = fs::metadata(&audit).expect("records").mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let records = fs::read_to_string(&audit).expect("records");
+    let issued = objects(&records)
+        .into_iter()
+        .filter(|record| record.to_string().contains("ns/shop/sa/orders"))
+        .count();
+    assert_eq!(issued, 1, "{records}");
+    assert!(
+        malha::signing::verify_chain(records.lines()).is_ok_and(|count| count > 0),
+        "{records}"
+    );
     let (chain, bundle) = (file("tour/chain.pem"), file("bundle.pem"));
     let inspected = stdout(malha(
         ["cert", "inspect", &chain, "--bundle", &bundle, "-o", "json"],

@@ -37,6 +37,7 @@ pub(super) async fn serve(
     path: &Path,
     settings: Settings,
     stop: CancellationToken,
+    hints: bool,
     terminal: &mut Terminal,
 ) -> Result<(), Failure> {
     let directory = Directory::open(path).or_exit(Exit::BadInput)?;
@@ -70,7 +71,7 @@ pub(super) async fn serve(
     let announcing = async {
         let ready = until_ready(&readiness).await;
         if ready {
-            Some(Announced::new(path, &addresses)?.tell(terminal))
+            Some(Announced::new(path, &addresses)?.tell(hints, terminal))
         } else {
             None
         }
@@ -128,25 +129,33 @@ impl<'a> Announced<'a> {
         })
     }
 
-    fn tell(self, terminal: &mut Terminal) -> Result<Self, Failure> {
+    /// Says where it answers, and with `hints` what to try.
+    fn tell(self, hints: bool, terminal: &mut Terminal) -> Result<Self, Failure> {
         let malha = std::env::args()
             .next()
             .unwrap_or_else(|| "malha".to_owned());
         let (directory, Addresses { webhook, ca, admin }) =
             (self.directory.display(), self.addresses);
-        terminal.note(&format!(
+        let mut text = format!(
             "malha serves from {directory}; Ctrl-C ends it
   webhook       https://localhost:{}
   certificates  https://localhost:{}
   health        http://{admin}
-  trust bundle  {directory}/bundle.pem
-try:
-  curl --cacert {directory}/bundle.pem https://localhost:{1}/v1/bundle
-  {malha} token --standalone {directory} --namespace shop --service-account cart
-  {malha} ca status --standalone {directory}",
+  trust bundle  {directory}/bundle.pem",
             webhook.port(),
             ca.port(),
-        ));
+        );
+        if hints {
+            text.push_str(&format!(
+                "
+try:
+  curl --cacert {directory}/bundle.pem https://localhost:{}/v1/bundle
+  {malha} token --standalone {directory} --namespace shop --service-account cart
+  {malha} ca status --standalone {directory}",
+                ca.port(),
+            ));
+        }
+        terminal.note(&text);
         Ok(self)
     }
 }
