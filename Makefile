@@ -63,6 +63,7 @@ test: test-unit test-cluster ## Run every test, from nothing
 
 test-unit: needs-rust needs-clients ## Run the tests that need no cluster
 	$(CARGO) test --locked --lib --bins --test it $(ARGS)
+	$(CARGO) test --locked --doc $(ARGS)
 
 test-cluster: needs-rust needs-clients rig ## Run the tests on a real API server
 	$(CARGO) test --locked --test cluster $(ARGS)
