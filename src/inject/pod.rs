@@ -103,9 +103,19 @@ reads! {
 /// Amounts by resource; a number is as good as a string.
 pub(super) type Amounts<'a> = Table<'a, Amount<'a>>;
 
-/// The text of a quantity.
+/// A quantity as it stands there.
 #[derive(Debug, Clone)]
-pub(super) struct Amount<'a>(pub(super) Text<'a>);
+pub(super) struct Amount<'a> {
+    pub(super) text: Text<'a>,
+    raw: Raw<'a>,
+}
+
+impl Amount<'_> {
+    /// A string or a number, as its author wrote it.
+    pub(super) fn value(&self) -> serde_json::Value {
+        serde_json::from_str(self.raw.0.get()).unwrap_or_default()
+    }
+}
 
 impl<'a> Lax<'a> for Amounts<'a> {
     fn object<A: serde::de::MapAccess<'a>>(entries: A) -> Result<Option<Self>, A::Error> {
@@ -114,9 +124,10 @@ impl<'a> Lax<'a> for Amounts<'a> {
 }
 
 fn amount(raw: Raw<'_>) -> Amount<'_> {
-    match raw.read::<Text<'_>>() {
-        Slot::Present(text) => Amount(text),
-        _ => Amount(Cow::Borrowed(raw.0.get())),
+    let text = raw.read::<Text<'_>>().into_present();
+    Amount {
+        text: text.unwrap_or(Cow::Borrowed(raw.0.get())),
+        raw,
     }
 }
 

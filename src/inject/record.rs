@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// The value of `MALHA_RESTORE`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +27,9 @@ pub(super) struct Record {
     /// What annotations held that were changed.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) replaced: BTreeMap<String, String>,
-    /// What the pod's own resources held that were changed: side, resource, amount.
+    /// What the pod's own resources held that were changed: side, resource, amount as it stood there.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) resources: BTreeMap<String, BTreeMap<String, String>>,
+    pub(super) resources: BTreeMap<String, BTreeMap<String, Value>>,
     /// User containers that were given the variable of the Workload API.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) sockets: Vec<String>,
@@ -38,6 +39,12 @@ pub(super) struct Record {
 }
 
 impl Record {
+    /// Keeps an amount of the pod's own resources.
+    pub(super) fn resource(&mut self, side: &str, key: &str, amount: Value) {
+        let originals = self.resources.entry(side.to_owned()).or_default();
+        originals.insert(key.to_owned(), amount);
+    }
+
     /// The value of the variable; `$` is escaped, because the kubelet expands `$(NAME)`.
     pub(super) fn to_json(&self) -> String {
         let json = serde_json::to_string(self).expect("a record always serialises");

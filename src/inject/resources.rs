@@ -6,7 +6,7 @@ use super::{
     lax::{Slot, write_text},
     ours,
     patch::{Operations, Pointer},
-    pod::{Amounts, Container, PodView, Resources},
+    pod::{Amount, Amounts, Container, PodView, Resources},
     quantity::Quantity,
     record::Record,
     settings::{AmountSettings, InjectSettings, ResourceSettings},
@@ -183,47 +183,78 @@ pub(super) fn pad_pod(
     let Some(own) = pod.spec.present().and_then(|spec| spec.resources.present()) else {
         return;
     };
-    let sides = [
-        (
-            "limits",
-            &own.limits,
-            &shares.proxy.limits,
-            &shares.init.limits,
-        ),
-        (
-            "requests",
-            &own.requests,
-            &shares.proxy.requests,
-            &shares.init.requests,
-        ),
-    ];
-    for (side, amounts, proxy, init) in sides {
-        for (key, proxy, init) in [
-            ("cpu", &proxy.cpu, &init.cpu),
-            ("memory", &proxy.memory, &init.memory),
+    for key in ["cpu", "memory"] {
+        let (limit, request) = (find(&own.limits, key), find(&own.requests, key));
+        for (side, own, ours) in [
+            ("limits", limit, Share::of(shares, key, limit_of)),
+            ("requests", request, Share::of(shares, key, request_of)),
         ] {
-            let Some(text) = amounts.present().and_then(|amounts| amounts.find(key)) else {
-                continue;
-            };
-            let Some(padded) = padded(&text.0, proxy.as_ref(), init.as_ref()) else {
-                continue;
-            };
-            let pointer = Pointer::new(&["spec", "resources", side, key]);
-            operations.add_text(&pointer, padded.as_str());
-            let originals = record.resources.entry(side.to_owned()).or_default();
-            originals.insert(key.to_owned(), text.0.to_string());
+            if let Some((own, quantity)) = own.and_then(|own| Some((own, read(own)?)))
+                && let Some(padded) = ours
+                    .added_to(&quantity)
+                    .filter(|padded| *padded != quantity)
+            {
+                let pointer = Pointer::new(&["spec", "resources", side, key]);
+                operations.add_text(&pointer, padded.as_str());
+                record.resource(side, key, own.value());
+            }
         }
     }
 }
 
-/// `None` where nothing changes, or where the value is none that could be read.
-fn padded(own: &str, proxy: Option<&Quantity>, init: Option<&Quantity>) -> Option<Quantity> {
-    let own = Quantity::parse(own)?;
-    let padded = match proxy {
-        Some(proxy) => own.plus(init.map_or(proxy, |init| init.max(proxy)))?,
-        None => init.filter(|init| **init > own)?.clone(),
-    };
-    (padded != own).then_some(padded)
+/// What ours ask for of one resource.
+struct Share<'s> {
+    proxy: Option<&'s Quantity>,
+    init: Option<&'s Quantity>,
+}
+
+impl<'s> Share<'s> {
+    fn of(
+        shares: &'s Shares,
+        key: &str,
+        side: fn(&'s ResourceSettings, &str) -> Option<&'s Quantity>,
+    ) -> Self {
+        Self {
+            proxy: side(&shares.proxy, key),
+            init: side(&shares.init, key),
+        }
+    }
+
+    /// The pod's own amount with ours; `None` if it does not fit.
+    fn added_to(&self, own: &Quantity) -> Option<Quantity> {
+        match (self.proxy, self.init) {
+            (Some(proxy), init) => own.plus(init.map_or(proxy, |init| init.max(proxy))),
+            (None, Some(init)) => Some(init.max(own).clone()),
+            (None, None) => Some(own.clone()),
+        }
+    }
+}
+
+/// A container without a request is defaulted to its limit.
+fn request_of<'s>(resources: &'s ResourceSettings, key: &str) -> Option<&'s Quantity> {
+    let request = setting(&resources.requests, key);
+    request.or_else(|| setting(&resources.limits, key))
+}
+
+/// A container without a limit still needs room for its request: the pod's request must not outgrow its limit.
+fn limit_of<'s>(resources: &'s ResourceSettings, key: &str) -> Option<&'s Quantity> {
+    let limit = setting(&resources.limits, key);
+    limit.or_else(|| setting(&resources.requests, key))
+}
+
+fn setting<'s>(amounts: &'s AmountSettings, key: &str) -> Option<&'s Quantity> {
+    match key {
+        "cpu" => amounts.cpu.as_ref(),
+        _ => amounts.memory.as_ref(),
+    }
+}
+
+fn find<'s, 'a>(amounts: &'s Slot<Amounts<'a>>, key: &str) -> Option<&'s Amount<'a>> {
+    amounts.present()?.find(key)
+}
+
+fn read(amount: &Amount<'_>) -> Option<Quantity> {
+    Quantity::parse(&amount.text)
 }
 
 /// The class of the pod without what is ours.
@@ -272,6 +303,5 @@ fn class<'r, 'a: 'r>(all: impl Iterator<Item = &'r Resources<'a>>) -> Qos {
 
 /// An amount above zero.
 fn amount(amounts: &Slot<Amounts<'_>>, key: &str) -> Option<Quantity> {
-    let text = amounts.present()?.find(key)?;
-    Quantity::parse(&text.0).filter(|quantity| !quantity.is_zero() && !quantity.is_negative())
+    read(find(amounts, key)?).filter(|quantity| !quantity.is_zero() && !quantity.is_negative())
 }

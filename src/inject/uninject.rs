@@ -119,12 +119,12 @@ fn restore_spec(
             .any(|name| is_named(secret, name))
     });
     for (side, amounts) in &record.resources {
-        for (key, text) in amounts {
+        for (key, original) in amounts {
             let pointer = spec
                 .get_mut("resources")
                 .and_then(|own| own.get_mut(side)?.get_mut(key));
             if let Some(amount) = pointer {
-                *amount = Value::String(text.clone());
+                amount.clone_from(original);
             }
         }
     }

@@ -718,8 +718,15 @@ impl Maker {
         }
         if !guaranteed && self.chance(8) {
             // more than 20 containers of up to 2 CPU, 2 Gi each
-            let value = *self.dice.pick(&["64", "100"]);
-            let mut resources = json!({"requests": {"cpu": value, "memory": "200Gi"}, "limits": {"cpu": value, "memory": "200Gi"}});
+            let value = self
+                .dice
+                .pick(&[json!("64"), json!("100"), json!(64)])
+                .clone();
+            let limit = self
+                .dice
+                .pick(&[value.clone(), value.clone(), json!("100500m")])
+                .clone();
+            let mut resources = json!({"requests": {"cpu": value, "memory": "200Gi"}, "limits": {"cpu": limit, "memory": "200Gi"}});
             if self.chance(40) {
                 resources["limits"]
                     .as_object_mut()

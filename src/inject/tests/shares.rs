@@ -125,6 +125,85 @@ fn the_pods_own_resources_make_room() {
 }
 
 #[test]
+fn a_pods_request_never_outgrows_its_limit() {
+    let empty = "{resources: {requests: {cpu: '', memory: ''}, limits: {cpu: '', memory: ''}}}";
+    let settings = [
+        String::new(),
+        "proxy: {resources: {limits: {cpu: '', memory: ''}}}".to_owned(),
+        "proxy: {resources: {requests: {cpu: '', memory: ''}}}".to_owned(),
+        format!("proxy: {empty}"),
+        format!("init: {empty}"),
+        "init: {resources: {limits: {cpu: '', memory: ''}}}".to_owned(),
+        format!("proxy: {empty}\ninit: {{resources: {{limits: {{cpu: '', memory: ''}}}}}}"),
+    ];
+    let own = [
+        json!({"requests": {"cpu": "1", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "64Mi"}}),
+        json!({"requests": {"cpu": "10m", "memory": "1Mi"}, "limits": {"cpu": "20m", "memory": "1Mi"}}),
+        json!({"requests": {"cpu": 2, "memory": 1_073_741_824}, "limits": {"cpu": 2.5, "memory": 1_073_741_824}}),
+    ];
+    let zeros = [
+        ("sidecar.istio.io/proxyCPULimit", "0"),
+        ("sidecar.istio.io/proxyMemoryLimit", "0"),
+    ];
+    let amount = |resources: &Value, side: &str, key: &str| {
+        let text = resources[side][key].as_str().map(str::to_owned);
+        let text = text.unwrap_or_else(|| resources[side][key].to_string());
+        quantity::Quantity::parse(&text)
+    };
+    for settings in &settings {
+        let injector = with(settings);
+        for own in &own {
+            for annotations in [&[][..], &zeros[..1], &zeros] {
+                let mut pod = annotated(annotations);
+                put(&mut pod, "/spec/resources", own.clone());
+                let injected = holds(&injector, &pod, &call());
+                let padded = &injected["spec"]["resources"];
+                for key in ["cpu", "memory"] {
+                    let [request, limit] =
+                        ["requests", "limits"].map(|side| amount(padded, side, key));
+                    assert!(request <= limit, "{settings} {annotations:?}: {padded}");
+                    for ours in [proxy(&injected), init(&injected)] {
+                        let ours = &ours["resources"];
+                        let needed = amount(ours, "requests", key).or(amount(ours, "limits", key));
+                        assert!(
+                            needed.is_none() || needed <= request,
+                            "{settings} {annotations:?}: {ours} in {padded}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+    let mut unlimited = annotated(&zeros[..1]);
+    let even = json!({"requests": {"cpu": "1"}, "limits": {"cpu": "1"}});
+    put(&mut unlimited, "/spec/resources", even);
+    let injected = holds(&Injector::default(), &unlimited, &call());
+    assert_eq!(injected["spec"]["resources"]["limits"]["cpu"], "1100m");
+    assert_eq!(injected["spec"]["resources"]["requests"]["cpu"], "1100m");
+}
+
+#[test]
+fn amounts_come_back_as_they_were_written() {
+    for own in [
+        json!(2),
+        json!(0.5),
+        json!("2"),
+        json!("500m"),
+        json!("2.0"),
+    ] {
+        let resources = json!({"requests": {"cpu": own}, "limits": {"cpu": own}});
+        let injected = patched(
+            &Injector::default(),
+            &pod_with("/spec/resources", resources.clone()),
+        );
+        assert_ne!(injected["spec"]["resources"], resources);
+        let mut restored = injected;
+        assert!(uninject::uninject(&mut restored).expect("readable records"));
+        assert_eq!(restored["spec"]["resources"], resources);
+    }
+}
+
+#[test]
 fn a_guaranteed_pod_by_its_own_resources_stays_so() {
     let pod = pod_with(
         "/spec/resources",

@@ -605,6 +605,8 @@ pub(crate) fn p09_a_pod_stays_a_pod(_: &Subject, case: &Case) -> Result<(), Stri
     if serde_json::from_value::<Pod>(case.before.clone()).is_ok() {
         serde_json::from_value::<Pod>(case.after.clone())
             .map_err(|fault| format!("no longer a pod: {fault}"))?;
+        let level = |pod: &'_ Value| pod["spec"]["resources"].clone();
+        no_request_outgrows_its_limit(&level(&case.before), &level(&case.after))?;
     }
     Ok(())
 }
@@ -926,7 +928,21 @@ pub(crate) fn p15_quality_of_service_is_kept(_: &Subject, case: &Case) -> Result
         .ok_or("no init")?;
     for kind in ["requests", "limits"] {
         for resource in ["cpu", "memory"] {
-            let amount = |value: &Value| nano(value[kind][resource].as_str().unwrap_or("0"));
+            let amount = |value: &Value| nano(&quantity_text(&value[kind][resource]));
+            // A request is defaulted to the limit, and a limit is raised by a request that has none.
+            let share = |value: &Value| {
+                let other = if kind == "limits" {
+                    "requests"
+                } else {
+                    "limits"
+                };
+                let own = [kind, other].map(|kind| &value["resources"][kind][resource]);
+                nano(
+                    &own.into_iter()
+                        .find(|own| !own.is_null())
+                        .map_or("0".into(), quantity_text),
+                )
+            };
             let before = &x["spec"]["resources"];
             if before[kind][resource].is_null() {
                 let added = &y["spec"]["resources"][kind][resource];
@@ -936,7 +952,7 @@ pub(crate) fn p15_quality_of_service_is_kept(_: &Subject, case: &Case) -> Result
                 );
                 continue;
             }
-            let ours = amount(&proxy["resources"]).max(amount(&init["resources"]));
+            let ours = share(proxy).max(share(init));
             let own = amount(before);
             let (Some(own), Some(ours)) = (own, ours) else {
                 continue;
@@ -949,6 +965,7 @@ pub(crate) fn p15_quality_of_service_is_kept(_: &Subject, case: &Case) -> Result
             );
         }
     }
+    no_request_outgrows_its_limit(&x["spec"]["resources"], &y["spec"]["resources"])?;
     for container in [
         proxy,
         containers(y)
@@ -974,6 +991,29 @@ pub(crate) fn p15_quality_of_service_is_kept(_: &Subject, case: &Case) -> Result
     Ok(())
 }
 
+/// Of the pod's own resources, where the pod's author kept to it: the API server refuses any other.
+pub(crate) fn no_request_outgrows_its_limit(before: &Value, after: &Value) -> Result<(), String> {
+    for resource in ["cpu", "memory"] {
+        let kept = |level: &Value| {
+            let amount = |kind: &str| nano(&quantity_text(&level[kind][resource]));
+            level["limits"][resource].is_null() || amount("requests") <= amount("limits")
+        };
+        hold!(
+            !kept(before) || kept(after),
+            "spec.resources: {resource} request over limit: {after}"
+        );
+    }
+    Ok(())
+}
+
+/// A number is as good as a string; what is absent is nothing.
+fn quantity_text(value: &Value) -> String {
+    match value {
+        Value::Number(number) => number.to_string(),
+        other => other.as_str().unwrap_or("0").to_owned(),
+    }
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Quality {
     Guaranteed,
@@ -985,11 +1025,7 @@ pub(crate) enum Quality {
 pub(crate) fn quality(pod: &Value) -> Quality {
     let level = &pod["spec"]["resources"];
     let amount = |resources: &Value, kind: &str, resource: &str| {
-        let text = match &resources[kind][resource] {
-            Value::Number(number) => number.to_string(),
-            other => other.as_str().unwrap_or("0").to_owned(),
-        };
-        nano(&text).unwrap_or(0)
+        nano(&quantity_text(&resources[kind][resource])).unwrap_or(0)
     };
     let holders: Vec<&Value> = if level["requests"].is_object() || level["limits"].is_object() {
         vec![level]

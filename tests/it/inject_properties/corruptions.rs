@@ -526,6 +526,20 @@ fn a_guaranteed_pod_that_loses_its_class_is_noticed() {
 }
 
 #[test]
+fn a_request_of_the_pod_that_outgrows_its_limit_is_noticed() {
+    let even = json!({"requests": {"cpu": "2"}, "limits": {"cpu": "2"}});
+    let pod = json!({"metadata": {"annotations": {"sidecar.istio.io/proxyCPULimit": "0"}},
+        "spec": {"resources": even, "containers": [{"name": "app"}]}});
+    let sound = answered(&SUBJECT, USUAL, pod).expect("readable");
+    notices("P9", &SUBJECT, &sound, false);
+    notices("P15", &SUBJECT, &sound, false);
+    let mut case = sound.clone();
+    case.after["spec"]["resources"]["limits"]["cpu"] = json!("2");
+    notices("P9", &SUBJECT, &case, true);
+    notices("P15", &SUBJECT, &case, true);
+}
+
+#[test]
 fn patches_that_only_a_lax_engine_takes_are_noticed() {
     let pod = rich();
     let sound = r#"[{"op":"add","path":"/metadata/labels/malha.io~1x","value":"y"}]"#;

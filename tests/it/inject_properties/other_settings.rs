@@ -144,6 +144,14 @@ fn without_default_resources_a_best_effort_pod_stays_one() {
 }
 
 #[test]
+fn without_default_limits_the_pods_own_are_never_outgrown() {
+    let settings = "proxy: {resources: {limits: {cpu: '', memory: ''}}}\n";
+    let cases = hold("no limits", settings);
+    let own = |case: &&Case| case.before["spec"]["resources"]["limits"].is_object();
+    assert!(cases.iter().filter(own).count() > 2, "none has its own");
+}
+
+#[test]
 fn a_mesh_with_a_bundle_of_the_cluster() {
     let settings = "trustBundle: {clusterTrustBundle: malha}\ntoken: {audience: istio-ca, expirationSeconds: 600}\nrevision: canary\n";
     for case in hold("cluster trust bundle", settings) {
