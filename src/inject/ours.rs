@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, value::RawValue};
+use serde_json::{Map, Value, value::RawValue};
 
 use super::{
     Denial,
@@ -175,13 +175,16 @@ fn is_of_our_kind(name: &str, volume: &Fields<'_>) -> bool {
 }
 
 /// Every field of ours is there with our value, and no second source; defaults that the API server has filled in may
-/// stand beside them.
+/// stand inside ours. A volume without a source is none of ours: it is defaulted to a directory on the node's disk.
 fn is_the_same(fragment: &str, volume: &Fields<'_>) -> bool {
     let ours: Value = serde_json::from_str(fragment).expect("a fragment of ours is JSON");
-    volume.iter().all(|(key, raw)| {
-        let theirs = serde_json::from_str(raw.0.get()).unwrap_or(Value::Null);
-        ours.get(key).is_some_and(|ours| agrees(ours, &theirs))
-    })
+    let theirs = volume.iter().map(|(key, raw)| {
+        let value = serde_json::from_str(raw.0.get()).unwrap_or(Value::Null);
+        (key.to_owned(), value)
+    });
+    let theirs: Map<String, Value> = theirs.collect();
+    let second_source = theirs.keys().any(|key| ours.get(key).is_none());
+    !second_source && agrees(&ours, &Value::Object(theirs))
 }
 
 fn agrees(ours: &Value, theirs: &Value) -> bool {

@@ -86,6 +86,17 @@ fn each_gate_has_its_code() {
             Reason::NameConflict,
         ),
         (
+            pod_with("/spec/volumes", json!([{"name": "malha-run"}])),
+            Reason::NameConflict,
+        ),
+        (
+            pod_with(
+                "/spec/volumes",
+                json!([{"name": "malha-run", "emptyDir": null}]),
+            ),
+            Reason::NameConflict,
+        ),
+        (
             annotated(&[("sidecar.istio.io/proxyCPU", "lots")]),
             Reason::InvalidAnnotation,
         ),
