@@ -317,7 +317,7 @@ pub(super) const KNOWN: &[(&str, Effect)] = &[
     ),
     (
         "proxy.istio.io/config",
-        Effect::Ignored("use this page's annotations one by one"),
+        Effect::Ignored("use sidecar.istio.io/ and malha.io/ annotations"),
     ),
     (
         "proxy.istio.io/overrides",

@@ -28,6 +28,8 @@ fn every_annotation_answers_garbage_explicitly() {
                 Effect::Ignored(_) => {
                     assert_eq!(reason, Reason::Injected, "{key}");
                     assert_eq!(codes(&answer), [WarningCode::AnnotationIgnored], "{key}");
+                    let whole = |warning: &Warning| !warning.text.ends_with("...");
+                    assert!(answer.warnings.iter().all(whole), "{:?}", answer.warnings);
                 }
                 Effect::Known if key == "sidecar.istio.io/inject" => {
                     assert_eq!(reason, Reason::InvalidInjectValue)
