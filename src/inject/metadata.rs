@@ -61,7 +61,9 @@ pub(super) fn additions(
         }
     }
     merge_safe_to_evict(pod, &mut additions, record);
-    if wishes.merge_prometheus && pod.annotation(SCRAPE) != Some("false") {
+    let readable = |key| pod.annotation(key).is_some() || !pod.has_annotation(key);
+    let readable = SCRAPE_US.iter().all(|(_, key, _)| readable(key));
+    if wishes.merge_prometheus && readable && pod.annotation(SCRAPE) != Some("false") {
         additions.prometheus = redirect_prometheus(pod, &mut additions.annotations);
     }
     if !pod.has_annotation(STATUS) {

@@ -78,6 +78,30 @@ fn prometheus_is_sent_to_the_agent() {
 }
 
 #[test]
+fn scraping_that_cannot_be_read_is_left_alone() {
+    for (key, odd) in [
+        ("prometheus.io/port", json!(8080)),
+        ("prometheus.io/scrape", json!(true)),
+        ("prometheus.io/scheme", json!(["http"])),
+    ] {
+        let mut pod = annotated(&[("prometheus.io/path", "/metrics")]);
+        put(
+            &mut pod,
+            &format!("/metadata/annotations/{}", key.replace('/', "~1")),
+            odd.clone(),
+        );
+        let injected = holds(&Injector::default(), &pod, &call());
+        let annotations = &injected["metadata"]["annotations"];
+        assert_eq!(annotations[key], odd);
+        assert_eq!(annotations["prometheus.io/path"], "/metrics");
+        let keys = annotations.as_object().expect("annotations").keys();
+        let own = keys.filter(|key| key.starts_with("prometheus.io/"));
+        assert_eq!(own.count(), 2, "{annotations}");
+        assert_eq!(variable(&injected, "MALHA_PROMETHEUS"), "null");
+    }
+}
+
+#[test]
 fn our_volumes_join_the_autoscalers_list_once() {
     let key = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes";
     let merged = |own: &str| {
