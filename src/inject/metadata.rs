@@ -11,6 +11,7 @@ use super::{
     ours,
     patch::{Operations, Pointer},
     pod::{Labels, PodView},
+    reason::{Warning, WarningCode},
     record::Record,
     settings::InjectSettings,
 };
@@ -39,12 +40,14 @@ pub(super) struct Additions {
     pub(super) prometheus: String,
 }
 
-/// Everything but the status, which needs the whole.
+/// Everything but the status, which needs the whole: its place is kept, and [`Additions::set_status`] fills it.
 pub(super) fn additions(
     pod: &PodView<'_>,
     wishes: &Wishes<'_>,
     settings: &InjectSettings,
+    native: bool,
     record: &mut Record,
+    warnings: &mut Vec<Warning>,
 ) -> Additions {
     let mut additions = Additions {
         prometheus: "null".to_owned(),
@@ -70,7 +73,91 @@ pub(super) fn additions(
         record.annotations.push(STATUS.to_owned());
     }
     record.annotations.sort_unstable();
+    if !pod.has_annotation(STATUS) {
+        let unknown = "0".repeat(LENGTH_OF_HASH);
+        let status = status(settings, &unknown, native, record);
+        additions.annotations.insert(STATUS, status);
+    }
+    additions.leave_out_what_does_not_fit(pod, record, warnings);
     additions
+}
+
+/// Bytes of all of a pod's annotations, keys and values, which the API server accepts (`TotalAnnotationSizeLimitB`).
+const ROOM: usize = 256 << 10;
+/// What the sidecar works without, the least useful first.
+const OPTIONAL: [&str; 4] = [
+    STATUS,
+    DEFAULT_LOGS_CONTAINER,
+    DEFAULT_CONTAINER,
+    SAFE_TO_EVICT,
+];
+
+impl Additions {
+    /// The status, if there is room for it; `hash` is [`LENGTH_OF_HASH`] long.
+    pub(super) fn set_status(
+        &mut self,
+        settings: &InjectSettings,
+        hash: &str,
+        native: bool,
+        record: &Record,
+    ) {
+        if let Some(place) = self.annotations.get_mut(STATUS) {
+            *place = status(settings, hash, native, record);
+        }
+    }
+
+    /// A pod whose author has filled the room for annotations must not become invalid through ours.
+    fn leave_out_what_does_not_fit(
+        &mut self,
+        pod: &PodView<'_>,
+        record: &mut Record,
+        warnings: &mut Vec<Warning>,
+    ) {
+        let mut left_out = Vec::new();
+        for key in OPTIONAL {
+            if self.bytes_of_annotations(pod) > ROOM && self.annotations.remove(key).is_some() {
+                record.annotations.retain(|added| added != key);
+                record.replaced.remove(key);
+                left_out.push(key);
+            }
+        }
+        let redirected = SCRAPE_US
+            .iter()
+            .any(|(_, key, _)| self.annotations.contains_key(key));
+        if redirected && self.bytes_of_annotations(pod) > ROOM {
+            // Part of them would send Prometheus astray: the application is scraped as ever.
+            for (_, key, _) in SCRAPE_US {
+                self.annotations.remove(key);
+            }
+            "null".clone_into(&mut self.prometheus);
+            left_out.push("prometheus.io/*");
+        }
+        if !left_out.is_empty() {
+            warnings.push(Warning::new(
+                WarningCode::LargePod,
+                format_args!(
+                    "annotations are full at {ROOM} bytes; left out: {}",
+                    left_out.join(", ")
+                ),
+            ));
+        }
+    }
+
+    /// As the patched pod will have them.
+    fn bytes_of_annotations(&self, pod: &PodView<'_>) -> usize {
+        let own = pod
+            .metadata
+            .present()
+            .and_then(|it| it.annotations.present());
+        let own = own.into_iter().flat_map(|own| own.iter());
+        let kept = own.filter(|(key, _)| !self.annotations.contains_key(key));
+        let kept = kept.map(|(key, value)| key.len() + value.text().map_or(0, str::len));
+        let added = self.annotations.iter();
+        kept.sum::<usize>()
+            + added
+                .map(|(key, value)| key.len() + value.len())
+                .sum::<usize>()
+    }
 }
 
 fn first_container<'p>(pod: &'p PodView<'_>) -> Option<&'p str> {
@@ -129,13 +216,11 @@ fn redirect_prometheus(
     own
 }
 
+/// Hexadecimal digits of the hash in the status.
+pub(super) const LENGTH_OF_HASH: usize = 32;
+
 /// The status: for people and for `explain`, never read to decide.
-pub(super) fn status(
-    settings: &InjectSettings,
-    hash: &str,
-    native: bool,
-    record: &Record,
-) -> String {
+fn status(settings: &InjectSettings, hash: &str, native: bool, record: &Record) -> String {
     let containers = match native {
         true => json!({"initContainers": [ours::INIT, ours::PROXY]}),
         false => json!({"initContainers": [ours::INIT], "containers": [ours::PROXY]}),

@@ -51,7 +51,14 @@ impl Injector {
         resources::pad_pod(pod, shares, &mut draft.record, &mut draft.operations);
         draft.add_pull_secrets(&self.settings.image.pull_secrets);
         self.add_volumes(pod, volumes, &mut draft.operations);
-        let mut additions = metadata::additions(pod, wishes, &self.settings, &mut draft.record);
+        let mut additions = metadata::additions(
+            pod,
+            wishes,
+            &self.settings,
+            *native,
+            &mut draft.record,
+            draft.warnings,
+        );
 
         // The record is complete from here on.
         let own = Own {
@@ -76,11 +83,8 @@ impl Injector {
             false => Place::Classic { hold: wishes.hold },
         };
         order::add(pod, [&init, &proxy], place, &mut draft.operations);
-        if !pod.has_annotation(annotations::STATUS) {
-            let hash = hash_of([&init, &proxy], &self.fragments.volumes);
-            let status = metadata::status(&self.settings, &hash, *native, &draft.record);
-            additions.annotations.insert(annotations::STATUS, status);
-        }
+        let hash = hash_of([&init, &proxy], &self.fragments.volumes);
+        additions.set_status(&self.settings, &hash, *native, &draft.record);
         metadata::write(pod, &additions, &mut draft.operations);
         draft.operations.into_json()
     }
@@ -268,7 +272,7 @@ fn hash_of(containers: [&str; 2], volumes: &[(&'static str, String)]) -> String 
     digest
         .as_ref()
         .iter()
-        .take(16)
+        .take(metadata::LENGTH_OF_HASH / 2)
         .map(|byte| format!("{byte:02x}"))
         .collect()
 }

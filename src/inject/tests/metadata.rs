@@ -102,6 +102,65 @@ fn scraping_that_cannot_be_read_is_left_alone() {
 }
 
 #[test]
+fn a_pod_full_of_annotations_stays_valid() {
+    let bytes = |pod: &Value| -> usize {
+        let annotations = pod["metadata"]["annotations"].as_object();
+        let annotations = annotations.expect("annotations").iter();
+        let sizes = annotations.map(|(key, value)| key.len() + value.as_str().map_or(0, str::len));
+        sizes.sum()
+    };
+    let room = 262_144;
+    let safe = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes";
+    let ours = [
+        "malha.io/status",
+        "kubectl.kubernetes.io/default-logs-container",
+        "kubectl.kubernetes.io/default-container",
+        safe,
+        "prometheus.io/port",
+    ];
+    let filled = |free: usize| {
+        let own = [
+            (safe, "cache"),
+            ("notes", ""),
+            ("prometheus.io/scrape", "true"),
+            ("prometheus.io/port", "80"),
+        ];
+        let mut pod = annotated(&own);
+        let text = "n".repeat(room - free - bytes(&pod));
+        put(&mut pod, "/metadata/annotations/notes", json!(text));
+        pod
+    };
+    let mut met = std::collections::BTreeSet::new();
+    for free in (0..8).chain((8..1_200).step_by(17)) {
+        let pod = filled(free);
+        assert_eq!(bytes(&pod), room - free);
+        let injected = holds(&Injector::default(), &pod, &call());
+        assert!(bytes(&injected) <= room, "{free}: {}", bytes(&injected));
+        let left_out = |key: &&&str| {
+            injected["metadata"]["annotations"][**key] == pod["metadata"]["annotations"][**key]
+        };
+        let missing = ours.iter().filter(left_out).count();
+        assert!(
+            ours.iter().take(missing).all(|key| left_out(&key)),
+            "{free}: the order"
+        );
+        let warned = codes(&answer(&Injector::default(), &pod));
+        assert_eq!(
+            warned,
+            vec![WarningCode::LargePod; usize::from(missing > 0)]
+        );
+        let scraped = variable(&injected, "MALHA_PROMETHEUS");
+        assert_eq!(
+            scraped == "null",
+            missing == ours.len(),
+            "{free}: {scraped}"
+        );
+        met.insert(missing);
+    }
+    assert_eq!(met, (0..=ours.len()).collect());
+}
+
+#[test]
 fn our_volumes_join_the_autoscalers_list_once() {
     let key = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes";
     let merged = |own: &str| {
