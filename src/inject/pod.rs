@@ -126,7 +126,7 @@ impl<'a> Lax<'a> for Amounts<'a> {
 fn amount(raw: Raw<'_>) -> Amount<'_> {
     let text = raw.read::<Text<'_>>().into_present();
     Amount {
-        text: text.unwrap_or(Cow::Borrowed(raw.0.get())),
+        text: text.unwrap_or_else(|| Cow::Borrowed(raw.0.get())),
         raw,
     }
 }

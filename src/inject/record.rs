@@ -27,7 +27,8 @@ pub(super) struct Record {
     /// What annotations held that were changed.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) replaced: BTreeMap<String, String>,
-    /// What the pod's own resources held that were changed: side, resource, amount as it stood there.
+    /// What the pod's own resources held that were changed: side, resource, amount as it stood there; null
+    /// where it did not.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) resources: BTreeMap<String, BTreeMap<String, Value>>,
     /// User containers that were given the variable of the Workload API.

@@ -1,5 +1,7 @@
 //! Requests and limits of what is injected, so that quotas accept the pod and its QoS class stays.
 
+use serde_json::Value;
+
 use super::{
     Denial,
     annotations::{Wishes, invalid},
@@ -200,6 +202,52 @@ pub(super) fn pad_pod(
             }
         }
     }
+    keep_defaulted_requests(pod, own, shares, record, operations);
+}
+
+/// Kubernetes defaults a pod's request to its limit where no container asks for the resource. Ours ask, and would turn
+/// the reservation into theirs alone, so the request is written as it would have been, with ours.
+///
+/// Before a webhook is called the API server has filled it in; a manifest is read without.
+fn keep_defaulted_requests(
+    pod: &PodView<'_>,
+    own: &Resources<'_>,
+    shares: &Shares,
+    record: &mut Record,
+    operations: &mut Operations,
+) {
+    if own.requests.is_odd() {
+        return;
+    }
+    let mut missing = own.requests.is_missing();
+    let requests = Pointer::new(&["spec", "resources", "requests"]);
+    for key in ["cpu", "memory"] {
+        let ours = Share::of(shares, key, request_of);
+        let defaulted = find(&own.requests, key).is_none() && !ours.is_nothing();
+        if !defaulted
+            || pod
+                .all_containers()
+                .any(|container| asks_for(container, key))
+        {
+            continue;
+        }
+        let limit = find(&own.limits, key).and_then(read);
+        let Some(request) = limit.and_then(|limit| ours.added_to(&limit)) else {
+            continue;
+        };
+        if missing {
+            operations.add(&requests, "{}");
+            missing = false;
+        }
+        operations.add_text(&requests.key(key), request.as_str());
+        record.resource("requests", key, Value::Null);
+    }
+}
+
+fn asks_for(container: &Container<'_>, key: &str) -> bool {
+    container.resources.present().is_some_and(|resources| {
+        find(&resources.requests, key).is_some() || find(&resources.limits, key).is_some()
+    })
 }
 
 /// What ours ask for of one resource.
@@ -218,6 +266,10 @@ impl<'s> Share<'s> {
             proxy: side(&shares.proxy, key),
             init: side(&shares.init, key),
         }
+    }
+
+    fn is_nothing(&self) -> bool {
+        self.proxy.is_none() && self.init.is_none()
     }
 
     /// The pod's own amount with ours; `None` if it does not fit.

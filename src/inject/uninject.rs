@@ -119,14 +119,30 @@ fn restore_spec(
             .any(|name| is_named(secret, name))
     });
     for (side, amounts) in &record.resources {
-        for (key, original) in amounts {
-            let pointer = spec
-                .get_mut("resources")
-                .and_then(|own| own.get_mut(side)?.get_mut(key));
-            if let Some(amount) = pointer {
-                amount.clone_from(original);
+        let own = spec.get_mut("resources").and_then(Value::as_object_mut);
+        if let Some(own) = own {
+            restore_amounts(own, side, amounts);
+        }
+    }
+}
+
+/// Amounts that somebody has removed since stay away.
+fn restore_amounts(own: &mut Map<String, Value>, side: &str, originals: &BTreeMap<String, Value>) {
+    let Some(amounts) = own.get_mut(side).and_then(Value::as_object_mut) else {
+        return;
+    };
+    for (key, original) in originals {
+        match original {
+            Value::Null => drop(amounts.shift_remove(key)),
+            original => {
+                if let Some(amount) = amounts.get_mut(key) {
+                    amount.clone_from(original);
+                }
             }
         }
+    }
+    if amounts.is_empty() {
+        own.shift_remove(side);
     }
 }
 

@@ -733,6 +733,12 @@ impl Maker {
                     .expect("made above")
                     .remove("memory");
             }
+            if self.chance(20) {
+                resources
+                    .as_object_mut()
+                    .expect("made above")
+                    .remove("requests");
+            }
             spec.insert("resources".into(), resources);
         }
     }

@@ -164,7 +164,8 @@ fn a_pods_request_never_outgrows_its_limit() {
                     assert!(request <= limit, "{settings} {annotations:?}: {padded}");
                     for ours in [proxy(&injected), init(&injected)] {
                         let ours = &ours["resources"];
-                        let needed = amount(ours, "requests", key).or(amount(ours, "limits", key));
+                        let needed =
+                            amount(ours, "requests", key).or_else(|| amount(ours, "limits", key));
                         assert!(
                             needed.is_none() || needed <= request,
                             "{settings} {annotations:?}: {ours} in {padded}"
@@ -180,6 +181,56 @@ fn a_pods_request_never_outgrows_its_limit() {
     let injected = holds(&Injector::default(), &unlimited, &call());
     assert_eq!(injected["spec"]["resources"]["limits"]["cpu"], "1100m");
     assert_eq!(injected["spec"]["resources"]["requests"]["cpu"], "1100m");
+}
+
+#[test]
+fn a_request_that_is_defaulted_to_the_pods_limit_stays_so() {
+    let limits = json!({"limits": {"cpu": "2", "memory": "1Gi"}});
+    let even = json!({"cpu": "2500m", "memory": "1280Mi"});
+    for resources in [
+        limits.clone(),
+        json!({"limits": {"cpu": "2", "memory": "1Gi"}, "requests": null}),
+        json!({"limits": {"cpu": "2", "memory": "1Gi"}, "requests": {}}),
+        json!({"limits": {"cpu": "2", "memory": "1Gi"}, "requests": {"cpu": null, "memory": "1Gi"}}),
+    ] {
+        let pod = pod_with("/spec/resources", resources);
+        let injected = holds(&Injector::default(), &pod, &call());
+        let padded = json!({"limits": even, "requests": even});
+        assert_eq!(injected["spec"]["resources"], padded, "{pod}");
+    }
+    let one = pod_with("/spec/resources", json!({"limits": {"cpu": 2}}));
+    let injected = holds(&Injector::default(), &one, &call());
+    assert_eq!(
+        injected["spec"]["resources"],
+        json!({"limits": {"cpu": "4"}, "requests": {"cpu": "2100m"}}),
+    );
+    // Where a container asks for it, the sum of the containers' is what it is defaulted to, with ours among them.
+    for asked in [
+        json!({"requests": {"cpu": "0"}}),
+        json!({"limits": {"cpu": "1"}}),
+    ] {
+        let mut pod = pod_with("/spec/resources", limits.clone());
+        put(
+            &mut pod,
+            "/spec/initContainers",
+            json!([{"name": "first", "resources": asked}]),
+        );
+        let injected = holds(&Injector::default(), &pod, &call());
+        let requests = &injected["spec"]["resources"]["requests"];
+        assert_eq!(requests, &json!({"memory": "1280Mi"}), "{pod}");
+    }
+    let empty = "{resources: {requests: {cpu: '', memory: ''}, limits: {cpu: '', memory: ''}}}";
+    let none = with(&format!("proxy: {empty}\ninit: {empty}"));
+    let one = holds(&none, &one, &call());
+    assert_eq!(one["spec"]["resources"], json!({"limits": {"cpu": 2}}));
+    for odd in [json!([]), json!("x"), json!(1)] {
+        let odd = json!({"limits": {"cpu": "2"}, "requests": odd});
+        holds(
+            &Injector::default(),
+            &pod_with("/spec/resources", odd),
+            &call(),
+        );
+    }
 }
 
 #[test]
