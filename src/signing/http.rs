@@ -260,7 +260,6 @@ fn problem(refusal: &Refusal) -> Response<Body> {
 fn status(refusal: &Refusal) -> StatusCode {
     match refusal {
         Refusal::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-        Refusal::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
         _ => match refusal.outcome() {
             Outcome::Issued => StatusCode::CREATED,
             Outcome::Invalid => StatusCode::BAD_REQUEST,
