@@ -23,8 +23,7 @@ impl FileHome {
     }
 
     fn read(&self) -> Result<Option<Stored>, HomeError> {
-        let Some(text) = files::read_secret(&self.0.journal()).map_err(|e| self.unreachable(e))?
-        else {
+        let Some(text) = files::read_secret(&self.0.journal()).map_err(|e| self.failed(e))? else {
             return Ok(None);
         };
         let journal = Journal::from_json(&text).map_err(|e| HomeError::Unreadable {
@@ -39,7 +38,7 @@ impl FileHome {
 
     /// Writes if what is there now is what the writer has `seen`.
     fn write(&self, seen: Option<&str>, journal: &Journal) -> Result<Stored, HomeError> {
-        let failed = |e| self.unreachable(e);
+        let failed = |e| self.failed(e);
         let held = self.0.lock().map_err(failed)?;
         let present = files::read_secret(&self.0.journal()).map_err(failed)?;
         if present.map(|text| version(&text)).as_deref() != seen {
@@ -58,7 +57,7 @@ impl FileHome {
     fn lost(&self) -> Result<bool, HomeError> {
         let exists = |path: std::path::PathBuf| {
             path.try_exists().map_err(|source| {
-                self.unreachable(DirectoryError::Io {
+                self.failed(DirectoryError::Io {
                     act: "look for",
                     path,
                     source,
@@ -72,10 +71,18 @@ impl FileHome {
         self.0.journal().display().to_string()
     }
 
-    fn unreachable(&self, source: DirectoryError) -> HomeError {
-        HomeError::Unreachable {
-            home: self.name(),
-            source: Box::new(source),
+    /// A disk that fails or another writer may be waited for; what else is wrong stays so until somebody acts.
+    fn failed(&self, error: DirectoryError) -> HomeError {
+        let home = self.name();
+        match error {
+            DirectoryError::Io { .. } | DirectoryError::Locked(_) => HomeError::Unreachable {
+                home,
+                source: Box::new(error),
+            },
+            _ => HomeError::Unreadable {
+                home,
+                fault: error.to_string(),
+            },
         }
     }
 

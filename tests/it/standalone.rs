@@ -150,6 +150,41 @@ async fn a_secret_that_others_can_read_is_refused() {
 }
 
 #[tokio::test]
+async fn a_journal_that_others_can_read_is_not_waited_for() {
+    let place = tempfile::tempdir().unwrap();
+    let directory = Directory::open(place.path()).unwrap();
+    open(&directory).await.unwrap();
+    let home = FileHome::new(directory.clone());
+    let stored = home.load().await.unwrap().unwrap();
+    let journal = directory.path().join("journal.json");
+    set_mode(&journal, 0o644);
+    let read = home.load().await.unwrap_err();
+    let replaced = home
+        .replace(&stored.version, &stored.journal)
+        .await
+        .unwrap_err();
+    for refused in [read, replaced] {
+        let HomeError::Unreadable { fault, .. } = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(fault.contains("mode 0644"), "{fault}");
+        assert!(fault.contains("chmod 600"), "{fault}");
+    }
+    let refused = open(&directory).await.err().unwrap();
+    assert!(!refused.is_passing(), "{refused:?}");
+
+    set_mode(&journal, 0o600);
+    let elsewhere = place.path().join("elsewhere");
+    fs::rename(&journal, &elsewhere).unwrap();
+    symlink(&elsewhere, &journal).unwrap();
+    let refused = home.load().await.unwrap_err();
+    assert!(
+        matches!(&refused, HomeError::Unreadable { fault, .. } if fault.contains("not a regular file")),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_secret_that_is_a_link_or_a_pipe_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let directory = Directory::open(&place.path().join("mesh")).unwrap();
