@@ -17,7 +17,8 @@ use crate::ca::{
     caller::{BoundObject, Caller},
 };
 
-/// Writes the records of one process, each as one JSON text on the tracing target `audit`.
+/// Writes the records of one process, each as one JSON text on the tracing target `audit`. Its first field says so too:
+/// `jq 'select(.target=="audit")'` picks the records out of a log.
 ///
 /// Each record holds the hash of the one before it, so a line that was taken out, put in or changed shows
 /// ([`verify_chain`]). The first of a process points to nothing; its random `run` tells its chain from those of other
@@ -37,6 +38,9 @@ struct Chain {
     /// Whose key it was, as a hash, for the last [`KEYS`] keys: the same key under two identities is worth a look.
     keys: HashMap<KeyId, u64>,
 }
+
+/// The tracing target, and the first field of each record.
+const TARGET: &str = "audit";
 
 /// At some 60 bytes each.
 const KEYS: usize = 32_768;
@@ -75,6 +79,7 @@ impl Audit {
         act: &Act<'_>,
     ) {
         let mut record = Record {
+            target: TARGET,
             time: now.to_string(),
             replica: &self.replica,
             run: &self.run,
@@ -92,7 +97,7 @@ impl Audit {
         record.sequence = chain.sequence;
         record.previous = &chain.previous;
         let line = serde_json::to_string(&record).expect("a record is texts and numbers");
-        tracing::info!(target: "audit", "{line}");
+        tracing::info!(target: TARGET, "{line}");
         chain.previous = hex(&sha256(&line));
         chain.sequence += 1;
     }
@@ -116,6 +121,7 @@ impl Chain {
 
 #[derive(Default, Serialize)]
 struct Record<'a> {
+    target: &'static str,
     time: String,
     replica: &'a str,
     run: &'a str,
@@ -341,7 +347,7 @@ mod tests {
         assert_eq!(
             [without_run],
             [
-                r#"{"time":"2026-11-22T10:00:00Z","replica":"malha-0","sequence":0,"result":"denied","code":"TokenInvalid","detail":"the token is not acceptable: \"\n{ 0","peer":"10.0.0.7:4711","previous":""}"#
+                r#"{"target":"audit","time":"2026-11-22T10:00:00Z","replica":"malha-0","sequence":0,"result":"denied","code":"TokenInvalid","detail":"the token is not acceptable: \"\n{ 0","peer":"10.0.0.7:4711","previous":""}"#
             ]
         );
     }

@@ -1482,6 +1482,7 @@ async fn every_answer_is_on_record_and_holds_no_secret() {
         .iter()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
+    assert!(records.iter().all(|r| r["target"] == "audit"), "{log}");
     let verdicts: Vec<_> = records
         .iter()
         .map(|r| (text(&r["result"]), text(&r["code"])))
