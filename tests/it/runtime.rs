@@ -325,6 +325,31 @@ fn no_core_file_is_ever_written() {
 }
 
 #[test]
+fn settings_that_a_directory_cannot_honour_are_refused() {
+    let place = tempfile::tempdir().expect("a directory");
+    let state = place.path().join("state");
+    for (flag, value, why) in [
+        ("validation", "tokenreview", "there is no API server to ask"),
+        ("require-bound-pod", "true", "there are no pods"),
+        ("audiences", "istio-ca", "set it to malha-ca"),
+        ("audiences", "malha-ca,istio-ca", "set it to malha-ca"),
+    ] {
+        let mut args = arguments(state.to_str().expect("UTF-8"));
+        let name = format!("--{flag}");
+        args.extend([name.as_str(), value]);
+        let mut program = Program::malha(&args);
+        assert_eq!(program.wait(PATIENCE).code(), Some(64), "{flag}={value}");
+        let said = program.wait_for(why, PATIENCE);
+        assert!(said.contains(&format!("{flag} is {value}")), "{said}");
+        assert!(!state.exists(), "{flag}={value}: nothing was made");
+    }
+    let said = ["--validation", "jwks", "--audiences", "malha-ca"];
+    drop(Plane::start(
+        &[&said[..], &["--require-bound-pod", "false"]].concat(),
+    ));
+}
+
+#[test]
 fn a_port_that_is_taken_ends_the_process_with_what_to_look_at() {
     let plane = Plane::start(&[]);
     let taken = plane.addr("webhook").to_string();

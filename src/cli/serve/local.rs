@@ -14,11 +14,11 @@ use tokio_util::sync::CancellationToken;
 use super::plane::{Addresses, Home, Plane};
 use crate::{
     cli::{Exit, Failure, Terminal, exit::OrExit as _},
-    config::Settings,
+    config::{Settings, Validation},
     custody::CustodyError,
     inject::{ClusterFacts, NamespaceFacts},
     runtime::readiness::{Readiness, State},
-    standalone::{Directory, FileHome, LocalTokens},
+    standalone::{AUDIENCE, Directory, FileHome, LocalTokens},
 };
 
 /// Loopback only, no load balancer to drain for, and no pods that a token could be bound to.
@@ -40,6 +40,7 @@ pub(super) async fn serve(
     hints: bool,
     terminal: &mut Terminal,
 ) -> Result<(), Failure> {
+    honourable(&settings).or_exit(Exit::Usage)?;
     let directory = Directory::open(path).or_exit(Exit::BadInput)?;
     let _alone = directory.serve().or_exit(Exit::Refused)?;
     let authenticate =
@@ -80,6 +81,25 @@ pub(super) async fn serve(
     let (ran, announced) = tokio::join!(running, announcing);
     drop(announced?);
     ran
+}
+
+/// What a directory cannot do is refused: who asks for a check must not believe that it is made.
+fn honourable(settings: &Settings) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        matches!(settings.validation, Validation::Auto | Validation::Jwks),
+        "validation is {}, but with --standalone there is no API server to ask; leave it out, or set it to auto or jwks",
+        settings.validation,
+    );
+    anyhow::ensure!(
+        !settings.require_bound_pod,
+        "require-bound-pod is true, but with --standalone there are no pods that a token could be bound to; leave it out, or set it to false",
+    );
+    anyhow::ensure!(
+        settings.audiences == [AUDIENCE],
+        "audiences is {}, but with --standalone every token is for {AUDIENCE}; leave it out, or set it to {AUDIENCE}",
+        settings.audiences.join(","),
+    );
+    Ok(())
 }
 
 /// There is no cluster of which anything could be known.
