@@ -165,7 +165,7 @@ pub const KEYS: &[Key] = &[
         "drain",
         "TIME",
         "10s",
-        "How long connections are still taken after SIGTERM",
+        "How long connections are still taken after SIGTERM; with 10 s more it must fit into the pod's grace period",
     ),
     key(
         "log",
@@ -363,7 +363,15 @@ impl Settings {
                     max: duration("leaf-life-max")?,
                 },
             },
-            drain: duration("drain")?,
+            drain: layers.parsed_with("drain", "a time up to 5m", |text| {
+                let drain = parse_duration(text)?;
+                let bound = Duration::from_secs(300);
+                if drain <= bound {
+                    Ok(drain)
+                } else {
+                    Err("is longer than 5m".to_owned())
+                }
+            })?,
             log: layers.parsed("log", "a tracing filter")?,
         };
         settings.rotation.check()?;
@@ -545,6 +553,7 @@ mod tests {
             ("webhook-addr", "15017", "IP:PORT"),
             ("validation", "none", "auto, jwks or tokenreview"),
             ("leaf-life", "-1h", "above zero"),
+            ("drain", "6m", "longer than 5m"),
             ("leaf-life", "soon", "a time such as"),
             ("namespace", "a/b", "DNS label"),
             ("audiences", " , ", "is empty"),

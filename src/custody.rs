@@ -28,7 +28,7 @@ use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    advance::{RotateRequest, Ticked, rotate},
+    advance::{RotateRequest, Ticked, missing, rotate},
     metrics::Metrics,
     serving::keep_serving,
 };
@@ -407,12 +407,12 @@ pub enum CustodyError {
     Home(#[from] HomeError),
     /// No journal, but traces of one.
     #[error(
-        "the CA journal is gone, but an earlier life has left its traces; restore it from a backup: a new root would lock out every running pod"
+        "the CA journal is gone, but an earlier life has left its traces; restore it from a backup (a new root would lock out every running pod), and do not restart a control plane that still signs from memory"
     )]
     JournalLost,
     /// A verb, before the control plane ever ran.
     #[error(
-        "there is no CA journal yet; the control plane makes it when it starts for the first time"
+        "there is no CA journal; the control plane makes it when it starts for the first time (if there was one, restore it from a backup)"
     )]
     NoJournal,
     /// The settings name another trust domain than the journal.

@@ -16,12 +16,13 @@ use crate::{
     ca::{
         Validity,
         journal::{HomeError, IntermediateState, Journal, JournalHome, Phase},
-        rotation::RotationPolicy,
+        rotation::{CLOCK_TOLERANCE, RotationPolicy},
     },
     custody::{self, CustodyError, RotateRequest, Ticked},
     k8s::{
         self, Access,
         journal::{SecretHome, Traces},
+        world,
     },
     runtime::clock,
     standalone::{Directory, FileHome},
@@ -114,6 +115,8 @@ struct Place {
 /// Something that is done with a journal, wherever it lives.
 trait Act {
     type Answer;
+    /// Whether it writes instants into the journal, and so needs a clock that can be believed.
+    const WRITES: bool;
     fn on<H: JournalHome>(
         self,
         home: &H,
@@ -151,10 +154,13 @@ struct Load;
 
 impl Act for Load {
     type Answer = Journal;
+    const WRITES: bool = false;
 
     async fn on<H: JournalHome>(self, home: &H) -> Result<Journal, CustodyError> {
-        let stored = home.load().await?.ok_or(CustodyError::NoJournal)?;
-        Ok(stored.journal)
+        match home.load().await? {
+            Some(stored) => Ok(stored.journal),
+            None => Err(custody::missing(home).await),
+        }
     }
 }
 
@@ -207,6 +213,7 @@ struct Turn {
 
 impl Act for Turn {
     type Answer = Ticked;
+    const WRITES: bool = true;
 
     async fn on<H: JournalHome>(self, home: &H) -> Result<Ticked, CustodyError> {
         custody::rotate(home, &self.policy, self.request, &clock::system()).await
@@ -233,9 +240,26 @@ impl Place {
                 context: self.context.clone(),
             };
             let client = k8s::connect(&access).await.or_exit(Exit::Unreachable)?;
+            if A::WRITES {
+                believe_clock(&client).await?;
+            }
             act.on(&secret_home(client, &self.namespace)).await
         };
         acted.map_err(|error| exit_of(&error).because(error))
+    }
+}
+
+/// A future instant in the journal would stop every replica, so a clock that is far from the API server's writes nothing.
+async fn believe_clock(client: &kube::Client) -> Result<(), Failure> {
+    let told = world::clock_skew(client, &clock::system()).await;
+    match told.or_exit(Exit::Unreachable)? {
+        Some(ahead) if ahead.unsigned_abs() > CLOCK_TOLERANCE => {
+            let seconds = ahead.as_secs();
+            Err(Exit::Refused.because(anyhow::anyhow!(
+                "ClockJump: this clock is {seconds} s ahead of the API server's; nothing was written; set it right and try again"
+            )))
+        }
+        Some(_) | None => Ok(()),
     }
 }
 

@@ -67,8 +67,16 @@ pub async fn rotate<H: JournalHome>(
         leads: None,
     };
     match advance.run(|_| Ok(())).await {
-        Err(CustodyError::JournalLost) => Err(CustodyError::NoJournal),
+        Err(CustodyError::JournalLost) => Err(missing(home).await),
         advanced => advanced,
+    }
+}
+
+/// What a verb says of a journal that is not there: lost, where an earlier life left traces that may be looked at.
+pub async fn missing<H: JournalHome>(home: &H) -> CustodyError {
+    match in_time(home.has_earlier_life()).await {
+        Ok(true) => CustodyError::JournalLost,
+        Ok(false) | Err(_) => CustodyError::NoJournal,
     }
 }
 
@@ -166,7 +174,9 @@ async fn rehearse<H: JournalHome>(
     mut goal: Goal,
     now: Timestamp,
 ) -> Result<Ticked, CustodyError> {
-    let stored = load(home).await?.ok_or(CustodyError::NoJournal)?;
+    let Some(stored) = load(home).await? else {
+        return Err(missing(home).await);
+    };
     let mut journal = stored.journal;
     let mut done = Vec::new();
     loop {

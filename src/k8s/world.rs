@@ -64,8 +64,17 @@ pub struct World {
     nodes: Kept<Option<u32>>,
     oldest_kubelet: AtomicU32,
     heard: Mutex<Option<Instant>>,
-    skew: Mutex<Option<SignedDuration>>,
+    skew: Mutex<Option<Skew>>,
     changed: watch::Sender<()>,
+}
+
+/// How far this clock was ahead of the API server's when that was measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Skew {
+    /// Negative where it was behind.
+    pub ahead: SignedDuration,
+    /// By the clock that never jumps.
+    pub measured: Instant,
 }
 
 /// `malha_clock_skew_seconds`.
@@ -122,9 +131,8 @@ impl World {
         let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard.map(|heard| heard.elapsed())
     }
-
-    /// This clock minus the API server's, as last compared; the other tells whole seconds.
-    pub fn clock_skew(&self) -> Option<SignedDuration> {
+    /// How far this clock is ahead of the API server's, as last measured.
+    pub fn clock_skew(&self) -> Option<Skew> {
         *self.skew.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -261,11 +269,15 @@ impl World {
     /// to compare clocks.
     async fn feel_pulse(&self, client: Client, clock: Clock, metrics: Metrics) {
         loop {
-            match pulse(&client, &clock).await {
+            match clock_skew(&client, &clock).await {
                 Ok(skew) => {
                     self.hear();
                     if let Some(skew) = skew {
                         metrics.skew.set(skew.as_secs_f64());
+                        let skew = Skew {
+                            ahead: skew,
+                            measured: Instant::now(),
+                        };
                         *self.skew.lock().unwrap_or_else(PoisonError::into_inner) = Some(skew);
                     }
                 }
@@ -363,7 +375,13 @@ fn complain(kind: &str, error: &watcher::Error, first: bool) {
 }
 
 /// One question and its answer's date: this clock minus the server's, where it told.
-async fn pulse(client: &Client, clock: &Clock) -> Result<Option<SignedDuration>, ApiError> {
+///
+/// # Errors
+/// The API server gave no answer.
+pub async fn clock_skew(
+    client: &Client,
+    clock: &Clock,
+) -> Result<Option<SignedDuration>, ApiError> {
     let request = Request::get("/version")
         .body(Body::empty())
         .map_err(|error| ApiError::Refused(kube::Error::HttpError(error)))?;

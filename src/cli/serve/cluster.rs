@@ -3,12 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use prometheus_client::registry::Registry;
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     plane::{Home, Plane},
-    whole,
+    sanity, whole,
 };
 use crate::{
     ca::{Authority, KeyedChain, journal::JournalHome},
@@ -39,6 +42,9 @@ struct Metrics {
 
 /// How often it is asked again whether the API server trusts the webhook, should no change be heard of.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long an API server that answers may keep its clock to itself.
+const DATELESS: Duration = Duration::from_secs(15);
 
 pub(super) async fn serve(
     access: &Access,
@@ -87,6 +93,9 @@ pub(super) async fn serve(
     plane.tasks.own("lease", holding);
 
     let home = ca::secret_home(client.clone(), &namespace);
+    if !until_clock_is_sane(&world, &stop).await {
+        return Ok(());
+    }
     let Some(custody) = plane.open(&home, mends).await? else {
         return Ok(());
     };
@@ -210,6 +219,36 @@ async fn until_synced(world: Arc<World>, gate: Gate, stop: CancellationToken) {
     }
     gate.open();
     stop.cancelled().await;
+}
+
+/// Waits for an API server that agrees about the time: opening the journal may write to it, and a future instant in it
+/// would stop every other replica. One that tells no date after [`DATELESS`] is taken at its word. Whether it came so far
+/// before the stop.
+async fn until_clock_is_sane(world: &World, stop: &CancellationToken) -> bool {
+    let mut heard = None;
+    loop {
+        let pause = match world.clock_skew() {
+            Some(skew) if sanity::is_sane(skew.ahead) => return true,
+            Some(skew) => {
+                tracing::error!(
+                    seconds_ahead = skew.ahead.as_secs(),
+                    "the clock is too far from the API server's; nothing is done until one of them is right"
+                );
+                LOOK_AGAIN * 10
+            }
+            None => LOOK_AGAIN / 20,
+        };
+        if world.silence().is_some() {
+            heard.get_or_insert_with(Instant::now);
+        }
+        let dateless = world.clock_skew().is_none();
+        if dateless && heard.is_some_and(|heard: Instant| heard.elapsed() > DATELESS) {
+            return true;
+        }
+        if timeout(pause, stop.cancelled()).await.is_ok() {
+            return false;
+        }
+    }
 }
 
 /// Reads the journal again whenever its Secret changed. What cannot be read stays as it was: custody tells so itself.

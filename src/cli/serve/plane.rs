@@ -14,11 +14,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     overrides::Overrides,
-    sanity::{self, Sanity, Skew},
+    sanity::{Sanity, Skewed},
     whole,
 };
 use crate::{
-    ca::{Authority, KeyedChain, caller::Authenticate, journal::JournalHome, profile::Profile},
+    ca::{
+        Authority, KeyedChain, caller::Authenticate, journal::JournalHome, profile::Profile,
+        rotation::CLOCK_TOLERANCE,
+    },
     cli::{Exit, Failure, exit::OrExit as _},
     clock::Clock,
     config::Settings,
@@ -75,7 +78,7 @@ pub(super) struct Home<H, A> {
     /// Whether this process leads the replicas, now.
     pub(super) leads: watch::Receiver<bool>,
     /// How far the clock is off by what the cluster says.
-    pub(super) skew: Skew,
+    pub(super) skew: Skewed,
     /// DNS names by which the webhook is dialled; the first is the one it must prove.
     pub(super) webhook_names: Vec<String>,
     /// DNS names by which the signer is dialled; likewise.
@@ -282,7 +285,7 @@ impl Plane {
         let signer = signing::router(Arc::new(signing));
         self.tasks
             .own("signer", self.ca.bound.serve(signer, stop.clone()));
-        let jumps = runtime::clock::jumps(self.clock, sanity::TOLERANCE);
+        let jumps = runtime::clock::jumps(self.clock, CLOCK_TOLERANCE);
         let sanity = Sanity {
             jump: jumps.told(),
             rebase: jumps.rebase(),
