@@ -250,16 +250,16 @@ impl Place {
 }
 
 /// A future instant in the journal would stop every replica, so a clock that is far from the API server's writes nothing.
+/// Where the API server does not answer, the journal cannot be read either, and that error has the better words.
 async fn believe_clock(client: &kube::Client) -> Result<(), Failure> {
-    let told = world::clock_skew(client, &clock::system()).await;
-    match told.or_exit(Exit::Unreachable)? {
-        Some(ahead) if ahead.unsigned_abs() > CLOCK_TOLERANCE => {
+    match world::clock_skew(client, &clock::system()).await {
+        Ok(Some(ahead)) if ahead.unsigned_abs() > CLOCK_TOLERANCE => {
             let seconds = ahead.as_secs();
             Err(Exit::Refused.because(anyhow::anyhow!(
                 "ClockJump: this clock is {seconds} s ahead of the API server's; nothing was written; set it right and try again"
             )))
         }
-        Some(_) | None => Ok(()),
+        Ok(_) | Err(_) => Ok(()),
     }
 }
 

@@ -308,6 +308,11 @@ mod tests {
             .with_target(false)
             .with_ansi(false)
             .finish();
+        // tracing asks the thread that first meets a callsite; without a subscriber there it would be off for all threads
+        static LISTENING: std::sync::Once = std::sync::Once::new();
+        LISTENING.call_once(|| {
+            let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry());
+        });
         tracing::subscriber::with_default(subscriber, work);
         let bytes = buffer.0.lock().unwrap().clone();
         String::from_utf8(bytes)

@@ -300,7 +300,7 @@ async fn the_first_signal_drains() {
 #[test]
 fn the_second_signal_wins() {
     for (second, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let mut plane = Plane::start(&["--drain", "10m"]);
+        let mut plane = Plane::start(&["--drain", "5m"]);
         plane.program.signal(Signal::SIGTERM);
         plane.program.wait_for("\"stopping;", PATIENCE);
         plane.program.signal(second);

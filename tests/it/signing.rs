@@ -1576,6 +1576,11 @@ fn captured() -> (Arc<Mutex<Vec<u8>>>, tracing::subscriber::DefaultGuard) {
         .with_target(false)
         .with_ansi(false)
         .finish();
+    // tracing asks the thread that first meets a callsite; without a subscriber there it would be off for all threads
+    static LISTENING: std::sync::Once = std::sync::Once::new();
+    LISTENING.call_once(|| {
+        let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry());
+    });
     (log, tracing::subscriber::set_default(subscriber))
 }
 

