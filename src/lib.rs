@@ -20,6 +20,10 @@ pub mod inject;
 #[cfg(feature = "controller")]
 pub mod ca;
 #[cfg(feature = "controller")]
+pub mod mesh;
+#[cfg(feature = "controller")]
+pub mod xds;
+#[cfg(feature = "controller")]
 pub mod config;
 
 // -- adapters: each owns one protocol or one outside thing, and calls the core --

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 /// Layer by layer, the core first. `lib.rs` shows the same map.
-const CORE: &[&str] = &["clock", "identity", "inject", "ca", "config"];
+const CORE: &[&str] = &["clock", "identity", "inject", "ca", "mesh", "xds", "config"];
 const ADAPTERS: &[&str] = &["custody", "k8s", "signing", "standalone", "tls", "webhook"];
 const SHELL: &[&str] = &["bin", "cli", "runtime"];
 
