@@ -18,22 +18,45 @@ help: ## This list
 
 # $(call need,PROGRAM,PACKAGES): root on Debian gets the packages at once, everybody else is told the command.
 define need
-@command -v $(1) >/dev/null 2>&1 || { \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+@command -v $(1) >/dev/null 2>&1 || { $(call get,$(1),$(2)); }
+endef
+
+# $(call need-header,HEADER,PACKAGES): the same for a library.
+define need-header
+@echo '#include <$(1)>' | cc -E -o /dev/null - 2>/dev/null || { $(call get,$(1),$(2)); }
+endef
+
+get = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 		echo "make: installing $(2)" >&2; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2) >/dev/null; \
 	else \
 		echo "make: $(1) is needed: apt-get install $(2), or your system's like" >&2; exit 1; \
-	fi; }
-endef
+	fi
 
-.PHONY: needs-rust needs-go needs-clients
+.PHONY: needs-rust needs-go needs-clients needs-node needs-envoy
 needs-rust:
 	@command -v $(CARGO) >/dev/null 2>&1 || { echo "make: Rust 1.89 or later is needed: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
 	$(call need,cc,gcc libc6-dev)
 
 needs-go:
 	@command -v go >/dev/null 2>&1 || { echo "make: Go 1.26 or later is needed to build the test cluster's programs: https://go.dev/dl" >&2; exit 1; }
+
+# runc is built with libseccomp, kube-proxy speaks through nft, and the images of the rig hold a busybox of one file. A
+# library has no program to look for: its package is asked for by the header.
+needs-node: needs-go
+	$(call need,cc,gcc libc6-dev)
+	$(call need,python3,python3)
+	$(call need,nft,nftables)
+	$(call need,ip,iproute2)
+	$(call need,busybox,busybox-static)
+	$(call need,curl,curl ca-certificates)
+	$(call need,openssl,openssl)
+	$(call need,tcpdump,tcpdump)
+	$(call need-header,seccomp.h,libseccomp-dev)
+
+needs-envoy:
+	@[ -n "$(MALHA_ENVOY)" ] || tests/support/envoy --where >/dev/null 2>&1 || python3 -m pip --version >/dev/null 2>&1 || { \
+		$(call get,python3 -m pip,python3 python3-pip); }
 
 needs-clients:
 	$(call need,curl,curl ca-certificates)
@@ -68,8 +91,16 @@ test-unit: needs-rust needs-clients ## Run the tests that need no cluster
 test-cluster: needs-rust needs-clients rig ## Run the tests on a real API server
 	$(CARGO) test --locked --test cluster $(ARGS)
 
-rig: needs-go ## Build etcd, kube-apiserver, kube-controller-manager and kubectl into the cache (once)
-	tests/cluster/programs/build
+# A node needs root, so whoever is not root gets the programs of a cluster without nodes.
+ifeq ($(shell id -u),0)
+rig: needs-node needs-envoy ## Build Kubernetes and get Envoy for the tests, into the cache (once)
+	@tests/cluster/programs/build
+	@tests/support/envoy
+else
+rig: needs-go needs-envoy
+	@tests/cluster/programs/build cluster
+	@tests/support/envoy
+endif
 
 .PHONY: lint fmt doc deny golden
 lint: needs-rust ## Format, clippy and documentation without a warning

@@ -6,6 +6,8 @@ mod authority;
 mod ca_bundle;
 #[path = "../support/dice.rs"]
 mod dice;
+#[path = "../support/envoy.rs"]
+mod envoy;
 mod generated;
 #[path = "../support/pods.rs"]
 mod generator;

@@ -57,13 +57,16 @@ fn text(output: &Output) -> String {
 #[test]
 fn programs_are_built_once_and_found_at_once() {
     let pretence = Pretence::with_go_that(":");
-    let before = pretence.build(&["--where"]).output().expect("it runs");
+    let before = pretence
+        .build(&["--where", "cluster"])
+        .output()
+        .expect("it runs");
     assert!(
         !before.status.success() && text(&before).contains("run 'make rig'"),
         "{before:?}"
     );
 
-    let first = pretence.build(&[]).output().expect("it runs");
+    let first = pretence.build(&["cluster"]).output().expect("it runs");
     assert!(first.status.success(), "{first:?}");
     let lines = String::from_utf8_lossy(&first.stdout).into_owned();
     let names: Vec<_> = lines
@@ -79,7 +82,7 @@ fn programs_are_built_once_and_found_at_once() {
             "kubectl"
         ]
     );
-    for args in [&[][..], &["--where"]] {
+    for args in [&["cluster"][..], &["--where", "cluster"]] {
         let again = pretence.build(args).output().expect("it runs");
         assert_eq!(
             (again.status.success(), &again.stdout),
@@ -88,6 +91,18 @@ fn programs_are_built_once_and_found_at_once() {
         );
     }
     assert_eq!(pretence.runs_of_go(), 4, "one run a program");
+}
+
+#[test]
+fn a_node_needs_more_than_a_cluster_without_one() {
+    let pretence = Pretence::with_go_that(":");
+    let cluster = pretence.build(&["cluster"]).output().expect("it runs");
+    assert!(cluster.status.success(), "{cluster:?}");
+    let node = pretence.build(&["--where"]).output().expect("it runs");
+    assert!(
+        !node.status.success() && text(&node).contains("missing: kube-scheduler kubelet"),
+        "{node:?}"
+    );
 }
 
 #[test]
@@ -108,14 +123,17 @@ fn a_build_that_is_killed_leaves_no_half_a_program() {
     kill(Pid::from_raw(-group), Signal::SIGKILL).expect("SIGKILL for it and its children");
     build.wait().expect("it is gone");
 
-    let after = pretence.build(&["--where"]).output().expect("it runs");
+    let after = pretence
+        .build(&["--where", "cluster"])
+        .output()
+        .expect("it runs");
     assert!(
         text(&after).contains("missing: etcd kube-apiserver"),
         "{after:?}"
     );
     let healthy = Pretence::with_go_that(":");
     let again = healthy
-        .build(&[])
+        .build(&["cluster"])
         .env("XDG_CACHE_HOME", pretence.path())
         .output()
         .expect("it runs");
@@ -131,7 +149,7 @@ fn programs_of_envtest_are_taken_where_they_are() {
     let assets = pretence.path().join("bin");
     std::fs::copy(assets.join("go"), assets.join("kube-apiserver")).expect("an asset");
     let build = pretence
-        .build(&[])
+        .build(&["cluster"])
         .env("KUBEBUILDER_ASSETS", &assets)
         .output()
         .expect("it runs");

@@ -4,6 +4,8 @@ mod ca;
 mod cli;
 #[path = "../support/dice.rs"]
 mod dice;
+#[path = "../support/envoy.rs"]
+mod envoy;
 mod inject_golden;
 mod inject_properties;
 mod manifests;

@@ -18,7 +18,7 @@ impl Programs {
     pub(crate) fn find() -> Result<Self> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster/programs/build");
         let output = Command::new(&script)
-            .arg("--where")
+            .args(["--where", "cluster"])
             .output()
             .with_context(|| format!("cannot run {}", script.display()))?;
         if !output.status.success() {
