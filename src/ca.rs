@@ -1,13 +1,12 @@
 //! The certificate authority as values: what is asked, who asks, what is issued, and when its own keys change.
 //!
-//! CSR -> [`csr::Csr`]; token -> [`caller::Caller`]; both -> [`Authority::issue`] -> [`Issued`];
+//! CSR -> [`csr::Csr`]; token -> [`Caller`](crate::caller::Caller); both -> [`Authority::issue`] -> [`Issued`];
 //! journal + instant -> [`rotation`] -> next journal
 //!
 //! The identity of a certificate comes from the authenticated caller, its lifetime from our settings, its key from the
 //! CSR. Nothing else enters.
 
 pub mod bundle;
-pub mod caller;
 pub mod certificate;
 pub mod csr;
 mod der;

@@ -11,13 +11,15 @@
 //! adapter never another adapter (`bin/` and `cli/` join them). `tests/it/rooms.rs` keeps it so.
 
 // -- core: values in, values out; no socket, file, clock, generator or cluster client --
-#[cfg(feature = "controller")]
+#[cfg(any(feature = "controller", feature = "agent"))]
 pub mod clock;
-#[cfg(feature = "controller")]
+#[cfg(any(feature = "controller", feature = "agent"))]
 pub mod identity;
 #[cfg(feature = "controller")]
-pub mod inject;
+pub mod caller;
 #[cfg(feature = "controller")]
+pub mod inject;
+#[cfg(any(feature = "controller", feature = "agent"))]
 pub mod ca;
 #[cfg(feature = "controller")]
 pub mod mesh;
@@ -27,7 +29,7 @@ pub mod xds;
 pub mod config;
 
 // -- adapters: each owns one protocol or one outside thing, and calls the core --
-#[cfg(feature = "controller")]
+#[cfg(any(feature = "controller", feature = "agent"))]
 pub mod tls;
 #[cfg(feature = "controller")]
 pub mod webhook;

@@ -39,10 +39,10 @@ pub use self::{
 use crate::{
     ca::{
         Authority, LeafPolicy, Serial,
-        caller::{Authenticate, Caller, CallerError, Class, Denial},
         csr::{Csr, KeyPolicy},
         profile::Profile,
     },
+    caller::{Authenticate, Caller, CallerError, Class, Denial},
     clock::Clock,
 };
 

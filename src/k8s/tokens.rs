@@ -7,7 +7,7 @@
 //!                 TokenReview -> Caller
 //! ```
 //!
-//! The checks themselves are [`ca::caller`](crate::ca::caller)'s; this room holds the keys, asks, and decides who decides.
+//! The checks themselves are [`caller`](crate::caller)'s; this room holds the keys, asks, and decides who decides.
 //! A failed question is [`CallerError::VerifierUnavailable`], never a refusal of the caller.
 
 mod budget;
@@ -24,7 +24,7 @@ use tracing::debug;
 use self::{budget::Budget, keys::Keys};
 use super::{ask_within, world::World};
 use crate::{
-    ca::caller::{
+    caller::{
         Authenticate, Caller, CallerError, Denial, Liveness, MAX_TOKEN, PodFact, TokenPolicy, bind,
         review, verify,
     },
@@ -259,7 +259,7 @@ fn undecided(error: &CallerError) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::caller::Gone;
+    use crate::caller::Gone;
 
     #[test]
     fn validation_round_trips_through_its_text() {

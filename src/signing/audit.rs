@@ -12,8 +12,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{Granted, Outcome, Refusal, sha256};
-use crate::ca::{
-    Issued, KeyId,
+use crate::{
+    ca::{Issued, KeyId},
     caller::{BoundObject, Caller},
 };
 
@@ -282,7 +282,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::ca::caller::CallerError;
+    use crate::caller::CallerError;
 
     /// What was logged while `work` ran.
     fn logged(work: impl FnOnce()) -> Vec<String> {

@@ -21,9 +21,9 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::{Deserialize, Serialize};
 
 use super::{Admitted, Encoded, Granted, Outcome, Refusal, Signing};
-use crate::ca::{
+use crate::{
+    ca::pem,
     caller::{Authenticate, CallerError},
-    pem,
 };
 
 /// How long a body may take. A CSR fits into two packets, and its sender holds a place in the queue meanwhile.

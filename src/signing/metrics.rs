@@ -8,7 +8,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::ca::caller::Method;
+use crate::caller::Method;
 
 /// The signing service's metrics. Clones count together.
 #[derive(Clone, Debug)]

@@ -10,7 +10,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::{Limits, Refusal};
-use crate::{ca::caller::Caller, identity::SpiffeId};
+use crate::{caller::Caller, identity::SpiffeId};
 
 /// So many a second, and so many at once after a rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use super::gate::Fault;
-use crate::ca::{AuthorityError, caller::CallerError, csr::CsrError};
+use crate::{
+    ca::{AuthorityError, csr::CsrError},
+    caller::CallerError,
+};
 
 /// Every reason there is. The text is for our own log; what the client may read is [`Self::client_text`].
 #[derive(Debug, thiserror::Error)]

@@ -20,7 +20,7 @@ use super::{
     files::{self, Access},
 };
 use crate::{
-    ca::caller::{Authenticate, Caller, CallerError, Denial, KeySet, TokenPolicy, verify},
+    caller::{Authenticate, Caller, CallerError, Denial, KeySet, TokenPolicy, verify},
     identity::{IdentityError, SpiffeId, TrustDomain},
 };
 

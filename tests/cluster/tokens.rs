@@ -9,7 +9,7 @@ use kube::{
     api::{DeleteParams, PostParams},
 };
 use malha::{
-    ca::caller::{Authenticate, CallerError, Gone, Method},
+    caller::{Authenticate, CallerError, Gone, Method},
     k8s::{
         tokens::{ClusterTokens, Options, Validation},
         world::World,

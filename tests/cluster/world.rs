@@ -8,7 +8,7 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
 use malha::{
-    ca::caller::Liveness,
+    caller::Liveness,
     inject::ClusterFacts,
     k8s::world::{self, World},
     runtime::clock,

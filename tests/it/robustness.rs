@@ -16,12 +16,12 @@ use jiff::Timestamp;
 use malha::{
     ca::{
         bundle::Bundle,
-        caller::{KeySet, TokenPolicy, verify},
         csr::{Csr, KeyPolicy},
         journal::Journal,
         key::SecretKey,
         rotation::{self, RotationPolicy},
     },
+    caller::{KeySet, TokenPolicy, verify},
     config::{Layers, Settings, parse_duration},
     identity::{SpiffeId, TrustDomain},
     inject::{

@@ -3,7 +3,9 @@
 use std::{fs, path::Path};
 
 /// Layer by layer, the core first. `lib.rs` shows the same map.
-const CORE: &[&str] = &["clock", "identity", "inject", "ca", "mesh", "xds", "config"];
+const CORE: &[&str] = &[
+    "clock", "identity", "caller", "inject", "ca", "mesh", "xds", "config",
+];
 const ADAPTERS: &[&str] = &["custody", "k8s", "signing", "standalone", "tls", "webhook"];
 const SHELL: &[&str] = &["bin", "cli", "runtime"];
 

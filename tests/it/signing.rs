@@ -22,13 +22,10 @@ use http_body_util::BodyExt;
 use jiff::{SignedDuration, Timestamp};
 use jsonwebtoken::{Algorithm, EncodingKey};
 use malha::{
-    ca::{
-        caller::{
-            Authenticate, Caller, CallerError, Denial, KeySet, Liveness, PodFact, TokenPolicy,
-            bind, verify,
-        },
-        profile::Profile,
-        rotation::RotationPolicy,
+    ca::{profile::Profile, rotation::RotationPolicy},
+    caller::{
+        Authenticate, Caller, CallerError, Denial, KeySet, Liveness, PodFact, TokenPolicy, bind,
+        verify,
     },
     clock::Clock,
     custody::{Custody, keep_serving},

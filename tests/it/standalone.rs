@@ -16,10 +16,10 @@ use std::{
 use jiff::Timestamp;
 use malha::{
     ca::{
-        caller::Authenticate,
         journal::{HomeError, Journal, JournalHome, Stored},
         rotation::RotationPolicy,
     },
+    caller::Authenticate,
     clock::Clock,
     custody::{Custody, CustodyError, RotateRequest, rotate},
     identity::TrustDomain,

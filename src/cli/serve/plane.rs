@@ -19,9 +19,9 @@ use super::{
 };
 use crate::{
     ca::{
-        Authority, KeyedChain, caller::Authenticate, journal::JournalHome, profile::Profile,
-        rotation::CLOCK_TOLERANCE,
+        Authority, KeyedChain, journal::JournalHome, profile::Profile, rotation::CLOCK_TOLERANCE,
     },
+    caller::Authenticate,
     cli::{Exit, Failure, exit::OrExit as _},
     clock::Clock,
     config::Settings,

@@ -29,7 +29,7 @@ use super::{
     PATIENCE,
 };
 use crate::{
-    ca::caller::{CallerError, KeySet, KeySetError},
+    caller::{CallerError, KeySet, KeySetError},
     clock::Clock,
 };
 
