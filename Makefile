@@ -7,6 +7,8 @@ CARGO  ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # State of `make run`; keep it and the next run goes on with the same authority.
 DIR    ?= $(TARGET)/mesh
+# State of `make cluster-up`.
+CLUSTER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/malha/cluster
 # Handed on: make run ARGS=--once, make test ARGS=rooms, make bench ARGS=inject
 ARGS   ?=
 
@@ -43,7 +45,7 @@ needs-go:
 
 # runc is built with libseccomp, kube-proxy speaks through nft, and the images of the rig hold a busybox of one file. A
 # library has no program to look for: its package is asked for by the header.
-needs-node: needs-go
+needs-node:
 	$(call need,cc,gcc libc6-dev)
 	$(call need,python3,python3)
 	$(call need,nft,nftables)
@@ -72,6 +74,18 @@ run: needs-rust needs-clients ## Start a control plane here and watch it work (n
 	@$(CARGO) build --locked --bin malha
 	@$(TARGET)/debug/malha tour --dir $(DIR) $(ARGS)
 
+# Asked before minutes of building.
+.PHONY: needs-root cluster-up cluster-down
+needs-root:
+	@[ "$$(id -u)" = 0 ] || { echo "make: root is needed: a node is made of namespaces, mounts and cgroups of its own (sudo -E make $(MAKECMDGOALS))" >&2; exit 1; }
+
+cluster-up: needs-root rig ## Start a Kubernetes of one node on this machine (root, no Docker); NODES=2 for two
+	@tests/cluster/node/up $(CLUSTER)
+	@echo "# or: $(CLUSTER)/kubectl get pods -A        'make cluster-down' removes it"
+
+cluster-down: ## Remove it without a trace
+	@tests/cluster/node/down $(CLUSTER)
+
 .PHONY: release certs
 release: needs-rust ## Build the programs as they ship into target/release (slow)
 	$(CARGO) build --locked --release
@@ -93,13 +107,13 @@ test-cluster: needs-rust needs-clients rig ## Run the tests on a real API server
 
 # A node needs root, so whoever is not root gets the programs of a cluster without nodes.
 ifeq ($(shell id -u),0)
-rig: needs-node needs-envoy ## Build Kubernetes and get Envoy for the tests, into the cache (once)
-	@tests/cluster/programs/build
-	@tests/support/envoy
+rig: needs-go needs-node needs-envoy ## Build Kubernetes and get Envoy for the tests, into the cache (once)
+	@tests/cluster/programs/build >/dev/null
+	@tests/support/envoy >/dev/null
 else
 rig: needs-go needs-envoy
-	@tests/cluster/programs/build cluster
-	@tests/support/envoy
+	@tests/cluster/programs/build cluster >/dev/null
+	@tests/support/envoy >/dev/null
 endif
 
 .PHONY: lint fmt doc deny golden
