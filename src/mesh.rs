@@ -1,8 +1,12 @@
 //! The mesh as data: what the cluster, or a directory, says about services, endpoints, workloads and policies.
 //!
-//! Kubernetes and Istio objects -> parsers -> [`Event`] -> [`World::apply`] -> [`Changes`] -> `xds`
+//! Kubernetes and Istio objects -> parsers ([`kubernetes`], [`istio`]) -> [`Event`] -> [`World::apply`] -> `xds`
 //!
 //! Nothing here knows Envoy. Names are compared as types; no string is joined and split again.
+
+pub mod istio;
+pub mod kubernetes;
+pub mod modes;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
@@ -116,7 +120,8 @@ pub enum Protocol {
     Http2,
     /// `grpc`, `grpc-web`.
     Grpc,
-    /// `tcp`, `tls`, `https`, and protocols that are not taken apart (`mongo`, `mysql`, `redis`).
+    /// `tcp`, `tls`, `https`, protocols that are not taken apart (`mongo`, `mysql`, `redis`), and ports where servers
+    /// are known to speak first.
     Tcp,
     /// Nothing is said: looked at on the wire.
     Undeclared,
@@ -199,7 +204,7 @@ pub struct PeerAuthentication {
 }
 
 /// What a port accepts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Mode {
     /// Mutual TLS only.
     Strict,
@@ -207,6 +212,56 @@ pub enum Mode {
     Permissive,
     /// Plaintext only.
     Disable,
+}
+
+impl Mode {
+    /// As it stands in a PeerAuthentication.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Strict => "STRICT",
+            Self::Permissive => "PERMISSIVE",
+            Self::Disable => "DISABLE",
+        }
+    }
+}
+
+/// What is wrong or worth saying about an object that a user wrote. One code serves `lint`, conditions, Events and logs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its class.
+    pub reason: FindingReason,
+    /// Where in the object: `spec.mtls.mode`.
+    pub path: String,
+    /// What is wrong there, and what is done about it.
+    pub text: String,
+}
+
+/// Classes of findings, as `Accepted` conditions name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FindingReason {
+    /// A field that nobody reads.
+    UnknownField,
+    /// A value that cannot be read; what it guards is closed.
+    InvalidValue,
+    /// An API version that is not served.
+    NotServed,
+}
+
+impl FindingReason {
+    /// The stable code.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::UnknownField => "UnknownField",
+            Self::InvalidValue => "InvalidValue",
+            Self::NotServed => "NotServed",
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path, self.text)
+    }
 }
 
 /// Everything that is known.

@@ -1,6 +1,6 @@
 //! What each proxy is told: (world, proxy) -> resources of Envoy's xDS, and what of them a stream still lacks.
 //!
-//! [`mesh::Event`](crate::mesh::Event) -> [`Catalogue::apply`] -> [`Touched`] -> streams -> [`Catalogue::get`] -> bytes
+//! [`mesh::Event`](crate::mesh::Event) -> [`Catalogue::apply`] -> [`Touched`] -> streams -> [`Catalogue::find`] -> bytes
 //!
 //! A resource's version is a hash of its content, the same in every process: a proxy that reconnects names what it holds,
 //! and is sent only what differs (`initial_resource_versions` of delta xDS).
@@ -24,6 +24,19 @@ pub enum Kind {
     Listener,
     /// RDS.
     Route,
+}
+
+impl Kind {
+    /// Its type URL on the wire.
+    pub fn type_url(self) -> &'static str {
+        match self {
+            Self::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+            Self::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
+            Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
+            Self::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+        }
+    }
 }
 
 /// One resource as it is sent, encoded once and shared by every stream.
