@@ -7,12 +7,15 @@
 
 mod ca;
 mod cert;
+mod cluster;
 mod completions;
+mod config;
 mod documents;
 mod exit;
 mod explain;
 mod inject;
 mod mesh;
+mod ps;
 mod serve;
 mod settings;
 mod terminal;
@@ -65,6 +68,8 @@ enum Verb {
     Inject(inject::Args),
     Uninject(uninject::Args),
     Explain(explain::Args),
+    Ps(ps::Args),
+    Config(config::Args),
     Cert(cert::Args),
     Ca(ca::Args),
     Token(token::Args),
@@ -79,6 +84,8 @@ impl Verb {
             Self::Inject(args) => inject::run(args, terminal),
             Self::Uninject(args) => uninject::run(args, terminal),
             Self::Explain(args) => explain::run(args, terminal),
+            Self::Ps(args) => ps::run(args, terminal),
+            Self::Config(args) => config::run(args, terminal),
             Self::Cert(args) => cert::run(args, terminal),
             Self::Ca(args) => ca::run(args, terminal),
             Self::Token(args) => token::run(args, terminal),

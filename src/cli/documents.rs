@@ -161,6 +161,11 @@ pub(super) fn render(documents: &[(Document, bool)], format: Format) -> anyhow::
     Ok(out)
 }
 
+/// One result as a YAML document that reads the same to `kubectl`.
+pub(super) fn to_yaml(value: &Value) -> anyhow::Result<String> {
+    Ok(yaml::write(value)?)
+}
+
 /// A text and where it came from.
 struct Source {
     name: String,

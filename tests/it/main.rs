@@ -2,6 +2,7 @@
 
 mod ca;
 mod cli;
+mod cli_live;
 #[path = "../support/dice.rs"]
 mod dice;
 #[path = "../support/envoy.rs"]
