@@ -116,7 +116,7 @@ rig: needs-go needs-envoy
 	@tests/support/envoy >/dev/null
 endif
 
-.PHONY: lint fmt doc deny golden
+.PHONY: lint fmt doc deny golden proto
 lint: needs-rust ## Format, clippy and documentation without a warning
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -Dwarnings
@@ -139,6 +139,9 @@ deny: needs-rust ## Check every crate's licence, source, doubles and known fault
 
 golden: needs-rust ## Write the golden files anew; read the difference like code
 	SNAPSHOTS=overwrite TRYCMD=overwrite $(CARGO) test --locked --lib --test it $(ARGS)
+
+proto: needs-rust ## Write src/proto anew from proto/
+	$(CARGO) run --locked --quiet --example proto
 
 .PHONY: bench manifests clean
 bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>

@@ -28,6 +28,10 @@ pub mod xds;
 #[cfg(feature = "controller")]
 pub mod config;
 
+// -- data: the messages of other programs; adapters and shell may use them --
+#[cfg(any(feature = "controller", feature = "agent"))]
+pub mod proto;
+
 // -- adapters: each owns one protocol or one outside thing, and calls the core --
 #[cfg(any(feature = "controller", feature = "agent"))]
 pub mod tls;

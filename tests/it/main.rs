@@ -13,6 +13,7 @@ mod manifests;
 #[path = "../support/pods.rs"]
 mod pods;
 mod pods_are_odd;
+mod proto;
 mod robustness;
 mod rooms;
 mod runtime;
