@@ -35,7 +35,7 @@ get = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 		echo "make: $(1) is needed: apt-get install $(2), or your system's like" >&2; exit 1; \
 	fi
 
-.PHONY: needs-rust needs-go needs-clients needs-node needs-envoy
+.PHONY: needs-rust needs-go needs-clients needs-node needs-envoy needs-strip
 needs-rust:
 	@command -v $(CARGO) >/dev/null 2>&1 || { echo "make: Rust 1.89 or later is needed: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
 	$(call need,cc,gcc libc6-dev)
@@ -55,6 +55,9 @@ needs-node:
 	$(call need,openssl,openssl)
 	$(call need,tcpdump,tcpdump)
 	$(call need-header,seccomp.h,libseccomp-dev)
+
+needs-strip:
+	$(call need,strip,binutils)
 
 needs-envoy:
 	@[ -n "$(MALHA_ENVOY)" ] || tests/support/envoy --where >/dev/null 2>&1 || python3 -m pip --version >/dev/null 2>&1 || { \
@@ -89,6 +92,26 @@ cluster-down: ## Remove it without a trace
 .PHONY: release certs
 release: needs-rust ## Build the programs as they ship into target/release (slow)
 	$(CARGO) build --locked --release
+
+# The control plane and the init container are static, the agent too: only Envoy needs a libc. With a --target of its own,
+# because build scripts and macros cannot be static.
+STATIC := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+# release, or dev: programs with debug assertions and without optimisation, for a quick turn.
+PROFILE ?= release
+
+.PHONY: image
+ifeq ($(PROFILE),dev)
+image: needs-rust needs-envoy needs-strip ## Build the images malha, malha-init, malha-proxy as OCI archives (PROFILE=dev: quickly)
+	$(CARGO) build --locked --bins
+	images/build --programs $(TARGET)/debug --envoy $$(tests/support/envoy) --out $(TARGET)/images/dev
+else
+image: export RUSTFLAGS := -C target-feature=+crt-static
+image: needs-rust needs-envoy
+	$(CARGO) build --locked --release --target $(STATIC) --bin malha
+	$(CARGO) build --locked --profile agent --target $(STATIC) --no-default-features --features agent --bin malha-agent
+	$(CARGO) build --locked --profile agent --target $(STATIC) --no-default-features --bin malha-init
+	images/build --release --programs $(TARGET)/$(STATIC)/release $(TARGET)/$(STATIC)/agent --envoy $$(tests/support/envoy) --out $(TARGET)/images/release
+endif
 
 certs: needs-rust ## Make development certificates in certs/dev
 	$(CARGO) run --locked --quiet --example certs $(ARGS)

@@ -19,10 +19,10 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 EPOCH = "1970-01-01T00:00:00Z"
 
 
-def file_capability(*capabilities):
-    """What `setcap cap_..+ep` writes: struct vfs_cap_data, revision 2, with the effective flag."""
+def file_capability(*capabilities, effective):
+    """What `setcap cap_..+ep` writes, without `effective` +p: struct vfs_cap_data, revision 2."""
     bits = sum(1 << capability for capability in capabilities)
-    return struct.pack("<IIIII", 0x02000001, bits & 0xFFFFFFFF, 0, bits >> 32, 0)
+    return struct.pack("<IIIII", 0x02000000 | effective, bits & 0xFFFFFFFF, 0, bits >> 32, 0)
 
 
 class Layer:
@@ -102,7 +102,7 @@ def write(archive, name, layers, entrypoint=(), command=(), user="", compress=Fa
         data = layer.close()
         diff_ids.append("sha256:" + hashlib.sha256(data).hexdigest())
         if compress:
-            descriptors.append(blob(gzip.compress(data, 9, mtime=0), "application/vnd.oci.image.layer.v1.tar+gzip"))
+            descriptors.append(blob(gzip.compress(data, 6, mtime=0), "application/vnd.oci.image.layer.v1.tar+gzip"))
         else:
             descriptors.append(blob(data, "application/vnd.oci.image.layer.v1.tar"))
     runs_on = {"architecture": ARCHITECTURES[platform.machine()], "os": "linux"}
