@@ -16,6 +16,7 @@ pub mod peer;
 pub mod pem;
 pub mod profile;
 pub mod rotation;
+pub mod svid;
 
 use std::{fmt, sync::Arc, time::Duration};
 

@@ -45,6 +45,8 @@ pub mod custody;
 pub mod k8s;
 #[cfg(feature = "controller")]
 pub mod standalone;
+#[cfg(feature = "agent")]
+pub mod agent;
 
 // -- shell: the process and its verbs --
 #[cfg(feature = "controller")]

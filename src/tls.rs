@@ -7,6 +7,7 @@
 //! and features unify, so the defaults would speak it.
 
 mod certificate;
+mod client;
 mod connections;
 mod listener;
 mod watched;
@@ -27,6 +28,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 pub use certificate::ServingCertificate;
+pub use client::http2_client_config;
 pub use connections::Metrics;
 pub use listener::{Bound, Limits};
 

@@ -81,6 +81,11 @@ impl CaCertificate {
         self.validity
     }
 
+    /// Whether it signed itself, as trust anchors do.
+    pub fn is_root(&self) -> bool {
+        self.is_signed_by(self)
+    }
+
     /// DER of its public key.
     pub(super) fn spki(&self) -> &[u8] {
         &self.spki
@@ -154,7 +159,7 @@ pub(super) fn key_id(der: &[u8]) -> Result<KeyId, CertificateError> {
     )
 }
 
-fn read(der: &[u8]) -> Result<X509Certificate<'_>, CertificateError> {
+pub(super) fn read(der: &[u8]) -> Result<X509Certificate<'_>, CertificateError> {
     match X509Certificate::from_der(der) {
         Ok(([], certificate)) if is_strict(der) == Some(true) => Ok(certificate),
         _ => Err(CertificateError::NotX509),
@@ -194,7 +199,7 @@ fn authority_key_id(certificate: &X509Certificate<'_>) -> Option<KeyId> {
         })
 }
 
-fn validity(certificate: &X509Certificate<'_>) -> Result<Validity, CertificateError> {
+pub(super) fn validity(certificate: &X509Certificate<'_>) -> Result<Validity, CertificateError> {
     let instant = |seconds| Timestamp::from_second(seconds).map_err(|_| CertificateError::NotX509);
     let span = certificate.validity();
     Ok(Validity {

@@ -10,10 +10,11 @@ use aws_lc_rs::{
     },
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
+use rcgen::{CertificateParams, DistinguishedName};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use zeroize::Zeroizing;
 
-use crate::ca::csr::PublicKey;
+use crate::ca::{csr::PublicKey, pem};
 
 /// A private key as PKCS#8 DER. The bytes are wiped when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
@@ -37,6 +38,20 @@ impl SecretKey {
     /// Its public half.
     pub fn public_key(&self) -> PublicKey {
         self.signer().public_key()
+    }
+
+    /// A CSR for it, PEM: the key and its proof of possession. It asks for no name, since whoever signs takes the name
+    /// from the credential.
+    ///
+    /// # Errors
+    /// The crypto library could not sign.
+    pub fn request(&self) -> Result<String, KeyError> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        let request = params
+            .serialize_request(&self.signer())
+            .map_err(|_| KeyError::SignFailed)?;
+        Ok(pem::encode("CERTIFICATE REQUEST", request.der()))
     }
 
     pub(super) fn signer(&self) -> Signer {
@@ -86,6 +101,9 @@ pub enum KeyError {
     /// Not PKCS#8, another algorithm, or halves that do not match.
     #[error("a private key is not a P-256 or P-384 key in PKCS#8")]
     Unsupported,
+    /// The crypto library's own fault.
+    #[error("a private key cannot sign")]
+    SignFailed,
 }
 
 /// Signs for rcgen. The library's own key pair keeps a plain copy of the DER, which nothing wipes; this one holds the
