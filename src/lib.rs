@@ -4,11 +4,12 @@
 //! ```text
 //! AdmissionReview -> webhook -> inject -> JSON Patch
 //! CSR + token     -> signing -> ca     -> certificate chain
+//! token, new key  -> agent::identity -> Envoy's SDS, the SPIFFE Workload API
 //! tick            -> custody -> ca::rotation::step -> journal (Secret or file) -> everyone who holds an authority
 //! ```
 //!
 //! The order of the `mod` lines is the order of dependency: a room may use rooms above it, never below, and an
-//! adapter never another adapter (`bin/` and `cli/` join them). `tests/it/rooms.rs` keeps it so.
+//! adapter never another adapter but `tls` (`bin/` and `cli/` join them). `tests/it/rooms.rs` keeps it so.
 
 // -- core: values in, values out; no socket, file, clock, generator or cluster client --
 #[cfg(any(feature = "controller", feature = "agent"))]
