@@ -59,6 +59,16 @@ pub enum Event {
     PeerAuthentication(ObjectName, Option<PeerAuthentication>),
 }
 
+/// What a feed tells at once.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// In their order.
+    pub events: Vec<Event>,
+    /// Whether with these everything has been told that there was at the start. Before, nobody may be answered: what is
+    /// not known yet would be taken for what is no more.
+    pub whole: bool,
+}
+
 /// A namespace, as far as the mesh asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Namespace {

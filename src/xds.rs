@@ -5,6 +5,8 @@
 //! A resource's version is a hash of its content, the same in every process: a proxy that reconnects names what it holds,
 //! and is sent only what differs (`initial_resource_versions` of delta xDS).
 
+pub mod delta;
+
 use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
