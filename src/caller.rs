@@ -124,6 +124,9 @@ pub enum CallerError {
     /// Somebody else's token.
     #[error("the token was issued by {0:?}, which is not our issuer")]
     UnknownIssuer(String),
+    /// A caller of another cluster.
+    #[error("the caller says that it is of the cluster {0:?}, which is not ours")]
+    UnknownCluster(String),
     /// Meant for somebody else.
     #[error("the token is for the audiences {sent:?}; this endpoint accepts {accepted:?}")]
     AudienceMismatch {
@@ -179,7 +182,7 @@ impl CallerError {
         match self {
             Self::NoCredential => "NoCredential",
             Self::TokenInvalid(_) | Self::UnknownKey(_) => "TokenInvalid",
-            Self::UnknownIssuer(_) => "UnknownIssuer",
+            Self::UnknownIssuer(_) | Self::UnknownCluster(_) => "UnknownIssuer",
             Self::AudienceMismatch { .. } => "AudienceMismatch",
             Self::TokenExpired { .. } => "TokenExpired",
             Self::TokenNotYetValid { .. } => "TokenNotYetValid",
@@ -198,6 +201,7 @@ impl CallerError {
             | Self::TokenInvalid(_)
             | Self::UnknownKey(_)
             | Self::UnknownIssuer(_)
+            | Self::UnknownCluster(_)
             | Self::AudienceMismatch { .. }
             | Self::TokenExpired { .. }
             | Self::TokenNotYetValid { .. }
@@ -214,7 +218,8 @@ impl CallerError {
             Self::NoCredential
             | Self::TokenInvalid(_)
             | Self::UnknownKey(_)
-            | Self::UnknownIssuer(_) => "caller could not be authenticated".to_owned(),
+            | Self::UnknownIssuer(_)
+            | Self::UnknownCluster(_) => "caller could not be authenticated".to_owned(),
             Self::VerifierUnavailable(_) => "tokens cannot be checked now; try again".to_owned(),
             Self::AudienceMismatch { .. }
             | Self::TokenExpired { .. }

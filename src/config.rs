@@ -28,6 +28,8 @@ pub struct Settings {
     pub namespace: String,
     /// The revision whose pods this control plane injects.
     pub revision: String,
+    /// What this cluster is called by agents that say of which one they are.
+    pub cluster: String,
     /// Where the admission webhook listens.
     pub webhook_addr: SocketAddr,
     /// Where certificates are signed.
@@ -93,6 +95,12 @@ pub const KEYS: &[Key] = &[
         "NAME",
         "default",
         "Revision whose pods are injected (label istio.io/rev)",
+    ),
+    key(
+        "cluster",
+        "NAME",
+        "Kubernetes",
+        "Name of this cluster; agents of another one are refused",
     ),
     key(
         "webhook-addr",
@@ -343,6 +351,7 @@ impl Settings {
             )?,
             namespace: label("namespace")?,
             revision: label("revision")?,
+            cluster: layers.parsed("cluster", "a name")?,
             webhook_addr: layers.parsed("webhook-addr", ADDR)?,
             ca_addr: layers.parsed("ca-addr", ADDR)?,
             admin_addr: layers.parsed("admin-addr", ADDR)?,

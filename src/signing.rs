@@ -2,13 +2,13 @@
 //!
 //! token -> [`Authenticate`] -> caller -> rate limits -> CSR -> [`Authority::issue`] -> chain, bundle, audit record
 //!
-//! [`Signing`] is the service and knows no protocol; [`router`] speaks JSON over HTTP for it, and another protocol
-//! would stand beside it. A request comes in two steps, [`Signing::admit`] for the credential and [`Admitted::certify`]
+//! [`Signing`] is the service and knows no protocol; [`router`] speaks two for it, JSON over HTTP and gRPC. A request comes in two steps, [`Signing::admit`] for the credential and [`Admitted::certify`]
 //! for the CSR, so that nothing of a body is read before its sender is known.
 
 mod answers;
 mod audit;
 mod gate;
+mod grpc;
 mod http;
 mod metrics;
 mod rates;
@@ -17,6 +17,7 @@ mod refusal;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use aws_lc_rs::{digest, rand};
+use axum::{Router, extract::Request, response::Response};
 use jiff::{SignedDuration, Timestamp};
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
@@ -31,7 +32,6 @@ use self::{
 pub use self::{
     audit::{Audit, AuditError, verify_chain},
     gate::{Fault, Gate},
-    http::router,
     metrics::Metrics,
     rates::Rate,
     refusal::{Outcome, Refusal},
@@ -101,6 +101,22 @@ pub struct Signing<A> {
     entries: Semaphore,
     rates: Rates,
     answers: Answers,
+    cluster: String,
+}
+
+/// What is answered on the CA's port: JSON, gRPC, and for every other path what there is. Other services are merged into
+/// it, if they bring no fallback of their own.
+pub fn router<A: Authenticate>(signing: Arc<Signing<A>>) -> Router {
+    http::routes(signing.clone())
+        .merge(grpc::routes(signing))
+        .fallback(unknown)
+}
+
+async fn unknown(request: Request) -> Response {
+    match grpc::is_call(request.headers()) {
+        true => grpc::unimplemented(request.uri().path()),
+        false => http::not_found(request).await,
+    }
 }
 
 /// A certificate and what its holder needs with it.
@@ -154,6 +170,7 @@ impl<A: Authenticate> Signing<A> {
             entries: Semaphore::new(limits.entries),
             rates: Rates::new(&limits),
             answers: Answers::new(limits.answers),
+            cluster: String::new(),
         }
     }
 
@@ -173,6 +190,12 @@ impl<A: Authenticate> Signing<A> {
     #[must_use]
     pub fn with_audit(self, audit: Audit) -> Self {
         Self { audit, ..self }
+    }
+
+    /// Names the cluster, for callers that say of which one they are. By default they may say nothing.
+    #[must_use]
+    pub fn with_cluster(self, cluster: String) -> Self {
+        Self { cluster, ..self }
     }
 
     /// The trust set, PEM.

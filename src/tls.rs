@@ -1,6 +1,7 @@
 //! Every TLS of the control plane: configurations, the certificate that is swapped while it serves, listeners.
 //!
 //! [`KeyedChain`](crate::ca::KeyedChain) -> [`ServingCertificate`] -> each new handshake;
+//! trust bundle -> [`ClientTrust`] -> each new handshake -> [`Peer`] in each request;
 //! [`Bound`] -> accept loop -> axum's `Router`; [`probe`] -> one call through a listener, as a client sees it
 //!
 //! TLS 1.3 only, on both sides and set on each configuration: another crate of the build turns rustls' TLS 1.2 on,
@@ -8,6 +9,7 @@
 
 mod certificate;
 mod client;
+mod client_trust;
 mod connections;
 mod listener;
 mod watched;
@@ -26,9 +28,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
 
 pub use certificate::ServingCertificate;
 pub use client::http2_client_config;
+pub use client_trust::ClientTrust;
 pub use connections::Metrics;
 pub use listener::{Bound, Limits};
 
@@ -40,6 +44,21 @@ pub enum Alpn {
     /// `h2`, then `http/1.1`.
     Http2,
 }
+
+/// Who is at the other end of a connection. A listener puts it into the extensions of each request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// What it showed, leaf first, verified against the bundle that was trusted at the handshake. Empty where it showed
+    /// nothing, and on listeners that ask for nothing.
+    pub certificates: Arc<[CertificateDer<'static>]>,
+}
+
+/// Cancelled when a connection of HTTP/2 is on its way out, by its age or by the end of the process: what would never end
+/// by itself should end then, and its client come back on another connection. In the extensions of each request.
+#[derive(Clone, Debug)]
+pub struct Leaving(pub CancellationToken);
 
 /// Why a listener, a certificate or a call cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -161,18 +180,25 @@ pub fn client_config<R: AsRef<[u8]>>(
 static PROVIDER: LazyLock<Arc<CryptoProvider>> =
     LazyLock::new(|| Arc::new(aws_lc_rs::default_provider()));
 
-fn server_config(certificate: Arc<ServingCertificate>, alpn: Alpn) -> Arc<ServerConfig> {
-    let mut config = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
+fn server_config(
+    certificate: Arc<ServingCertificate>,
+    clients: Option<Arc<ClientTrust>>,
+    alpn: Alpn,
+) -> Arc<ServerConfig> {
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])
-        .expect("the provider has suites and groups of TLS 1.3")
-        .with_no_client_auth()
-        .with_cert_resolver(certificate);
+        .expect("the provider has suites and groups of TLS 1.3");
+    let builder = match clients {
+        Some(clients) => builder.with_client_cert_verifier(clients),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_cert_resolver(certificate);
     config.alpn_protocols = match alpn {
         Alpn::Http1 => vec![b"http/1.1".to_vec()],
         Alpn::Http2 => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
     };
-    // No resumption: a resumed session shows no certificate, so it would outlive one that was replaced. Clients of ours
-    // keep their connections, and a full handshake costs a fraction of a millisecond.
+    // No resumption: in a resumed session neither side shows a certificate, so it would outlive one that was replaced or
+    // is trusted no more. Clients of ours keep their connections, and a full handshake costs a fraction of a millisecond.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     Arc::new(config)

@@ -251,6 +251,7 @@ fn undecided(error: &CallerError) -> bool {
         | CallerError::AudienceMismatch { .. }
         | CallerError::TokenExpired { .. }
         | CallerError::TokenNotYetValid { .. }
+        | CallerError::UnknownCluster(_)
         | CallerError::NotBound
         | CallerError::IdentityConflict(_) => false,
     }

@@ -27,17 +27,16 @@ use crate::{
 };
 
 /// How long a body may take. A CSR fits into two packets, and its sender holds a place in the queue meanwhile.
-const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The two resources; everything else is 404 or 405, also as a problem.
-pub fn router<A: Authenticate>(signing: Arc<Signing<A>>) -> Router {
+/// The two resources, and 405 for their other methods; without a fallback, so that other services fit beside them.
+pub(super) fn routes<A: Authenticate>(signing: Arc<Signing<A>>) -> Router {
     Router::new()
         .route(
             "/v1/certificates",
             post(certificates::<A>).fallback(method_not_allowed),
         )
         .route("/v1/bundle", get(bundle::<A>).fallback(method_not_allowed))
-        .fallback(not_found)
         .with_state(signing)
 }
 
@@ -91,7 +90,7 @@ async fn certify<A: Authenticate>(
 /// To drop a body that is under way resets its stream, as RFC 9113 8.1 allows. Some clients then report the reset instead
 /// of the answer that came before it: curl 7.88 shows `Stream error in the HTTP/2 framing layer` where it should show a
 /// 401. (Over HTTP/1.1 it is the listener that reads on before it closes.) Not owned by anybody: it ends by itself.
-fn read_on(version: Version, mut body: Body) {
+pub(super) fn read_on(version: Version, mut body: Body) {
     const PATIENCE: Duration = Duration::from_secs(5);
     const MOST: usize = 16 << 20;
     if version != Version::HTTP_2 || body.is_end_stream() {
@@ -135,7 +134,7 @@ struct Asked<'a> {
 }
 
 /// RFC 6750 2.1; the scheme's case does not matter (RFC 9110 11.1).
-fn bearer(headers: &HeaderMap) -> Result<&str, CallerError> {
+pub(super) fn bearer(headers: &HeaderMap) -> Result<&str, CallerError> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let value = values.next().ok_or(CallerError::NoCredential)?;
     if values.next().is_some() {
@@ -283,7 +282,7 @@ fn challenge(refusal: &Refusal) -> Option<&'static str> {
     }
 }
 
-async fn not_found(request: Request) -> Response<Body> {
+pub(super) async fn not_found(request: Request) -> Response<Body> {
     read_on(request.version(), request.into_body());
     problem_response(
         StatusCode::NOT_FOUND,

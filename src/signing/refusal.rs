@@ -14,6 +14,9 @@ pub enum Refusal {
     /// Who is calling is not known.
     #[error(transparent)]
     Caller(#[from] CallerError),
+    /// A node's proxy asks for one of its pods.
+    #[error("certificates for somebody else than the caller are not handed out here")]
+    ImpersonationRefused,
     /// What is asked is not a CSR that is signed here.
     #[error(transparent)]
     Csr(CsrError),
@@ -91,6 +94,7 @@ impl Refusal {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Caller(error) => error.code(),
+            Self::ImpersonationRefused => "ImpersonationRefused",
             Self::Csr(error) => error.code(),
             Self::TtlOutOfRange { .. } => "TtlOutOfRange",
             Self::BadRequest(_) => "BadRequest",
@@ -108,7 +112,7 @@ impl Refusal {
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Caller(CallerError::VerifierUnavailable(_)) => Outcome::Error,
-            Self::Caller(_) => Outcome::Denied,
+            Self::Caller(_) | Self::ImpersonationRefused => Outcome::Denied,
             Self::Csr(_)
             | Self::TtlOutOfRange { .. }
             | Self::BadRequest(_)
@@ -134,6 +138,7 @@ impl Refusal {
                 | AuthorityError::JournalStale(_),
             ) => Some(Duration::from_secs(30)),
             Self::Caller(_)
+            | Self::ImpersonationRefused
             | Self::Csr(_)
             | Self::TtlOutOfRange { .. }
             | Self::BadRequest(_)
@@ -152,7 +157,8 @@ impl Refusal {
                 "the certificate could not be signed; the reason is in the control plane's log"
                     .to_owned()
             }
-            Self::Csr(_)
+            Self::ImpersonationRefused
+            | Self::Csr(_)
             | Self::TtlOutOfRange { .. }
             | Self::BadRequest(_)
             | Self::UnsupportedMediaType

@@ -6,8 +6,9 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
@@ -15,11 +16,11 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use futures::FutureExt;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body as _, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper::{Request, Response, Version};
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
@@ -35,7 +36,10 @@ use tower::ServiceExt;
 
 use crate::tls::connections::{Connection, Connections, Counts, Room, Seat, Stage};
 use crate::tls::watched::{WatchedBody, WatchedStream};
-use crate::tls::{Alpn, Metrics, ServingCertificate, TlsError, server_config};
+use crate::tls::{
+    Alpn, ClientTrust, Leaving, Metrics, PROVIDER, Peer, ServingCertificate, TlsError,
+    server_config,
+};
 
 /// What a peer may take of a listener.
 #[derive(Clone, Debug)]
@@ -54,6 +58,10 @@ pub struct Limits {
     pub request: Duration,
     /// Between two requests.
     pub idle: Duration,
+    /// How old a connection of HTTP/2 grows, give or take a tenth, before its client is told to open another one: so that
+    /// clients spread again over replicas that came and went, and certificates are shown anew. Whatever is open then may
+    /// still take [`finish`](Self::finish).
+    pub age: Duration,
     /// What every connection is granted before it may be closed for a newcomer.
     pub grace: Duration,
     /// How long what a peer still sends is read after the last answer, so that it is not cut off.
@@ -73,6 +81,7 @@ impl Default for Limits {
             head_bytes: 16 << 10,
             request: Duration::from_secs(30),
             idle: Duration::from_secs(90),
+            age: Duration::from_secs(3600),
             grace: Duration::from_millis(100),
             linger: Duration::from_secs(2),
             drain: Duration::from_secs(10),
@@ -101,7 +110,22 @@ impl Bound {
         alpn: Alpn,
         limits: Limits,
     ) -> Result<Self, TlsError> {
-        Self::take(addr, Some(server_config(certificate, alpn)), limits)
+        Self::take(addr, Some(server_config(certificate, None, alpn)), limits)
+    }
+
+    /// As [`Self::new`] for HTTP/2 and HTTP/1.1, and asks each client for a certificate that `clients` trusts at its
+    /// handshake.
+    ///
+    /// # Errors
+    /// [`TlsError::Listen`] where the port cannot be had.
+    pub async fn asking(
+        addr: SocketAddr,
+        certificate: Arc<ServingCertificate>,
+        clients: Arc<ClientTrust>,
+        limits: Limits,
+    ) -> Result<Self, TlsError> {
+        let tls = server_config(certificate, Some(clients), Alpn::Http2);
+        Self::take(addr, Some(tls), limits)
     }
 
     /// Takes the port of `addr` for plain HTTP/1.1: for what holds no secret, such as probes and metrics.
@@ -151,8 +175,10 @@ impl Bound {
         self
     }
 
-    /// Answers with `app`, which finds the peer's address as [`ConnectInfo`] in each request, until `stop`, and then drains: answers carry `Connection: close`, new connections are still
+    /// Answers with `app` until `stop`, and then drains: answers carry `Connection: close`, new connections are still
     /// accepted for [`Limits::drain`], and open requests may end within [`Limits::finish`]. Then the port is free.
+    ///
+    /// In each request `app` finds the [`Peer`], its address also as [`ConnectInfo`], and over HTTP/2 [`Leaving`].
     pub async fn serve(self, app: Router, stop: CancellationToken) {
         let Self {
             listener,
@@ -168,6 +194,8 @@ impl Bound {
             handshakes: Semaphore::new(handshakes_at_once()),
             http1: http1(&limits),
             http2: http2(&limits),
+            age: limits.age,
+            grace: limits.finish,
             draining: stop,
             finish: CancellationToken::new(),
             counts,
@@ -340,6 +368,9 @@ struct Server {
     handshakes: Semaphore,
     http1: http1::Builder,
     http2: http2::Builder<TokioExecutor>,
+    age: Duration,
+    /// What open streams may take once their connection is too old.
+    grace: Duration,
     /// Answers close their connection from here on.
     draining: CancellationToken,
     /// Connections between two requests close from here on.
@@ -348,22 +379,33 @@ struct Server {
 }
 
 impl Server {
-    async fn serve(self: Arc<Self>, socket: TcpStream, peer: SocketAddr, seat: Seat) {
+    async fn serve(self: Arc<Self>, socket: TcpStream, address: SocketAddr, seat: Seat) {
         let connection = seat.connection();
         // Answers are small and awaited: Nagle's algorithm would hold them back for the peer's acknowledgement.
         let _ = socket.set_nodelay(true);
         let Some(tls) = &self.tls else {
             connection.enter(Stage::Head);
-            return self.http1(socket, peer, connection).await;
+            let certificates = Arc::new([]);
+            let peer = Peer {
+                address,
+                certificates,
+            };
+            return self.http1(socket, &peer, connection).await;
         };
         match self.handshake(socket, Arc::clone(tls), connection).await {
-            Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-                connection.enter(Stage::Head);
-                self.http2(stream, peer, connection).await;
-            }
             Ok(stream) => {
+                let session = stream.get_ref().1;
+                let certificates = session.peer_certificates().unwrap_or_default().into();
+                let peer = Peer {
+                    address,
+                    certificates,
+                };
+                let over_http2 = session.alpn_protocol() == Some(b"h2");
                 connection.enter(Stage::Head);
-                self.http1(stream, peer, connection).await;
+                match over_http2 {
+                    true => self.http2(stream, peer, connection).await,
+                    false => self.http1(stream, &peer, connection).await,
+                }
             }
             Err(error) => {
                 self.counts.handshakes_failed.inc();
@@ -392,12 +434,12 @@ impl Server {
         handshake.await
     }
 
-    async fn http1<S>(&self, stream: S, peer: SocketAddr, connection: &Arc<Connection>)
+    async fn http1<S>(&self, stream: S, peer: &Peer, connection: &Arc<Connection>)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(connection)));
-        let service = service_fn(|request| self.answer(request, peer, connection));
+        let service = service_fn(|request| self.answer_once(request, peer, connection));
         let mut http = pin!(self.http1.serve_connection(io, service));
         let served = tokio::select! {
             served = &mut http => served,
@@ -409,69 +451,143 @@ impl Server {
         note(served);
     }
 
-    async fn http2<S>(self: &Arc<Self>, stream: S, peer: SocketAddr, connection: &Arc<Connection>)
+    async fn http2<S>(self: &Arc<Self>, stream: S, peer: Peer, connection: &Arc<Connection>)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(connection)));
-        let (server, shared) = (Arc::clone(self), Arc::clone(connection));
-        let service = service_fn(move |request| {
-            let (server, connection) = (Arc::clone(&server), Arc::clone(&shared));
-            async move { server.answer(request, peer, &connection).await }
-        });
+        let (address, leaving) = (peer.address, self.draining.child_token());
+        let service = {
+            let (server, connection) = (Arc::clone(self), Arc::clone(connection));
+            let leaving = Leaving(leaving.clone());
+            service_fn(move |mut request| {
+                request.extensions_mut().insert(leaving.clone());
+                let (server, connection) = (Arc::clone(&server), Arc::clone(&connection));
+                let peer = peer.clone();
+                async move { server.answer_stream(request, &peer, &connection).await }
+            })
+        };
         let mut http = pin!(self.http2.serve_connection(io, service));
+        let mut old = pin!(sleep(spread(self.age)));
         // HTTP/2 says goodbye with a frame of its own, and open streams go on.
         let served = tokio::select! {
-            served = &mut http => served,
+            served = &mut http => Some(served),
             () = self.draining.cancelled() => {
                 http.as_mut().graceful_shutdown();
-                http.await
+                Some(http.await)
+            }
+            () = &mut old => {
+                http.as_mut().graceful_shutdown();
+                leaving.cancel();
+                timeout(self.grace, http).await.ok()
             }
         };
-        note(served);
+        match served {
+            Some(served) => note(served),
+            None => tracing::debug!(%address, "too old, and its streams did not end: cut"),
+        }
     }
 
-    async fn answer(
+    /// Over HTTP/1.1 a request is over when its answer begins: the connection's own limits go on from there.
+    async fn answer_once(
         &self,
         request: Request<Incoming>,
-        peer: SocketAddr,
+        peer: &Peer,
         connection: &Arc<Connection>,
     ) -> hyper::Result<Response<Body>> {
-        let over_http2 = request.version() == Version::HTTP_2;
         let _request = Open::new(
             connection,
-            match (over_http2, request.body().is_end_stream()) {
-                (true, _) => Stage::Streaming,
-                (false, true) => Stage::Serving,
-                (false, false) => Stage::Body,
+            match request.body().is_end_stream() {
+                true => Stage::Serving,
+                false => Stage::Body,
             },
         );
-        let mut request =
-            request.map(|body| Body::new(WatchedBody::new(body, Arc::clone(connection))));
-        request.extensions_mut().insert(ConnectInfo(peer));
-        let Ok(mut response) = self.app.clone().oneshot(request).await;
-        if !over_http2 && self.draining.is_cancelled() {
+        let mut response = self.answer(request, peer, connection).await;
+        if self.draining.is_cancelled() {
             response
                 .headers_mut()
                 .insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(response)
     }
-}
 
-/// A request between its head and its answer.
-struct Open<'a>(&'a Connection);
+    /// Over HTTP/2 a request is over when its answer ends, which for a subscription may be in an hour: until then the
+    /// connection is in use, however long nothing is said.
+    async fn answer_stream(
+        &self,
+        request: Request<Incoming>,
+        peer: &Peer,
+        connection: &Arc<Connection>,
+    ) -> hyper::Result<Response<Body>> {
+        let open = Open::new(connection, Stage::Streaming);
+        let response = self.answer(request, peer, connection).await;
+        Ok(response.map(|body| Body::new(Held { body, _open: open })))
+    }
 
-impl<'a> Open<'a> {
-    fn new(connection: &'a Connection, stage: Stage) -> Self {
-        connection.begin(stage);
-        Self(connection)
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: &Peer,
+        connection: &Arc<Connection>,
+    ) -> Response<Body> {
+        let mut request =
+            request.map(|body| Body::new(WatchedBody::new(body, Arc::clone(connection))));
+        let extensions = request.extensions_mut();
+        extensions.insert(ConnectInfo(peer.address));
+        extensions.insert(peer.clone());
+        let Ok(response) = self.app.clone().oneshot(request).await;
+        response
     }
 }
 
-impl Drop for Open<'_> {
+/// Nine to eleven tenths of a time, so that what began together does not end together.
+fn spread(time: Duration) -> Duration {
+    let mut dice = [0; 2];
+    // Without randomness all of them are as old as each other: no harm.
+    let _ = PROVIDER.secure_random.fill(&mut dice);
+    let dice = f64::from(u16::from_ne_bytes(dice)) / f64::from(u16::MAX);
+    time.mul_f64(0.9 + 0.2 * dice)
+}
+
+/// A request between its head and the end of its answer.
+struct Open(Arc<Connection>);
+
+impl Open {
+    fn new(connection: &Arc<Connection>, stage: Stage) -> Self {
+        connection.begin(stage);
+        Self(Arc::clone(connection))
+    }
+}
+
+impl Drop for Open {
     fn drop(&mut self) {
         self.0.end();
+    }
+}
+
+/// An answer that keeps its request open until it was sent.
+struct Held {
+    body: Body,
+    _open: Open,
+}
+
+impl hyper::body::Body for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -1,6 +1,8 @@
 //! The signing endpoint, end to end behind its router: CSRs that `openssl` makes, tokens of every fault, and what each of
 //! them comes to.
 
+mod grpc;
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -220,7 +222,8 @@ impl Scene {
             metrics,
         )
         .with_gate(gate.clone())
-        .with_audit(Audit::new("test".into()));
+        .with_audit(Audit::new("test".into()))
+        .with_cluster("Kubernetes".into());
         let router = router(Arc::new(signing));
         Self {
             place,
@@ -735,6 +738,7 @@ async fn each_wrong_csr_has_its_code() {
     for (case, csr, code) in cases {
         let answer = scene.ask(csr).await;
         assert_eq!(answer.verdict(), format!("400 {code}"), "{case}");
+        scene.agrees(&scene.token(), csr, &answer, case).await;
     }
     assert!(!scene.metrics().contains(r#"result="issued""#));
 }
@@ -1106,6 +1110,7 @@ async fn each_wrong_token_has_its_code() {
             format!("malha_ca_token_validation_total{{method=\"{method}\",result=\"{result}\"}} 1");
         assert!(metrics.contains(&counted), "{case}: {metrics}");
         assert!(!metrics.contains("issued"), "{case}: {metrics}");
+        scene.agrees(&token, &good, &answer, case).await;
     }
 }
 
@@ -1143,6 +1148,7 @@ async fn a_forged_token_is_nobodys() {
         let answer = scene.post(&token, "application/pkcs10", good.clone()).await;
         assert_eq!(answer.verdict(), "401 TokenInvalid", "{token:.60}");
         assert_eq!(answer.json()["detail"], "caller could not be authenticated");
+        scene.agrees(&token, &good, &answer, "forged").await;
     }
 }
 
@@ -1365,6 +1371,7 @@ async fn a_full_queue_sheds_and_an_abandoned_place_is_free_at_once() {
     let answer = scene.ask(&good).await;
     assert_eq!(answer.verdict(), "429 QueueFull");
     assert_eq!(answer.header(header::RETRY_AFTER), "1");
+    scene.agrees(&scene.token(), &good, &answer, "full").await;
     slow.into_iter().for_each(|task| task.abort());
     while !scene.metrics().contains("malha_ca_queue_entries 0") {
         tokio::task::yield_now().await;
@@ -1380,8 +1387,10 @@ async fn an_api_server_that_hangs_is_unavailable_and_not_the_callers_fault() {
     })
     .await;
     scene.cluster.lock().unwrap().review = Review::Hangs;
-    let answer = scene.ask(&csr(p256(), &[])).await;
+    let good = csr(p256(), &[]);
+    let answer = scene.ask(&good).await;
     assert_eq!(answer.verdict(), "503 VerifierUnavailable");
+    scene.agrees(&scene.token(), &good, &answer, "hangs").await;
     assert!(scene.metrics().contains("malha_ca_queue_entries 0"));
 }
 
@@ -1395,10 +1404,13 @@ async fn a_closed_gate_is_unavailable_and_opens_again() {
     let answer = scene.ask(&good).await;
     assert_eq!(answer.verdict(), "503 ClockJump");
     assert!(!answer.header(header::RETRY_AFTER).is_empty());
+    scene.agrees(&scene.token(), &good, &answer, "jump").await;
     scene.gate.set(None);
     assert_eq!(scene.ask(&good).await.verdict(), "201");
     scene.gate.drain();
-    assert_eq!(scene.ask(&good).await.verdict(), "503 Draining");
+    let answer = scene.ask(&good).await;
+    assert_eq!(answer.verdict(), "503 Draining");
+    scene.agrees(&scene.token(), &good, &answer, "drain").await;
     // who only wants to know whom to trust is not sent away
     let answer = scene
         .send(Request::get("/v1/bundle").body(Body::empty()).unwrap())
@@ -1410,12 +1422,17 @@ async fn a_closed_gate_is_unavailable_and_opens_again() {
 async fn a_clock_behind_the_journal_and_an_issuer_near_its_end_sign_nothing() {
     let scene = Scene::new().await;
     let good = csr(p256(), &[]);
+    let ask = async |want: &str| {
+        let answer = scene.ask(&good).await;
+        assert_eq!(answer.verdict(), want);
+        scene.agrees(&scene.token(), &good, &answer, want).await;
+    };
     scene.later(-3600);
-    assert_eq!(scene.ask(&good).await.verdict(), "503 ClockJump");
+    ask("503 ClockJump").await;
     scene.later(3600 + 30 * 24 * 3600 - 60);
-    assert_eq!(scene.ask(&good).await.verdict(), "503 JournalStale");
+    ask("503 JournalStale").await;
     scene.custody.refresh().await.unwrap();
-    assert_eq!(scene.ask(&good).await.verdict(), "503 IssuerExpiring");
+    ask("503 IssuerExpiring").await;
 }
 
 #[tokio::test]
@@ -1581,10 +1598,9 @@ fn captured() -> (Arc<Mutex<Vec<u8>>>, tracing::subscriber::DefaultGuard) {
     (log, tracing::subscriber::set_default(subscriber))
 }
 
-/// As users do it: the certificate authority's own certificate, curl over HTTP/2 and HTTP/1.1, nothing below TLS 1.3.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn curl_gets_a_certificate_over_tls_13_and_older_versions_nothing() {
-    // curl has no other clock
+/// The endpoint behind a real listener, with the certificate that the control plane gives itself.
+async fn serving() -> (Scene, SocketAddr, CancellationToken) {
+    // programs of others have no other clock
     let now = malha::runtime::clock::system().now();
     let scene = Scene::at(now, no_rates()).await;
     let stop = CancellationToken::new();
@@ -1615,7 +1631,13 @@ async fn curl_gets_a_certificate_over_tls_13_and_older_versions_nothing() {
     .unwrap();
     let addr = listener.local_addr();
     tokio::spawn(listener.serve(scene.router.clone(), stop.clone()));
+    (scene, addr, stop)
+}
 
+/// As users do it: the certificate authority's own certificate, curl over HTTP/2 and HTTP/1.1, nothing below TLS 1.3.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn curl_gets_a_certificate_over_tls_13_and_older_versions_nothing() {
+    let (scene, addr, stop) = serving().await;
     let path = |name: &str| scene.place.path().join(name).display().to_string();
     fs::write(
         path("roots.pem"),

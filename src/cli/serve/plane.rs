@@ -34,7 +34,7 @@ use crate::{
         tasks::Tasks,
     },
     signing::{self, Audit, Signing},
-    tls::{self, Alpn, Bound, Limits, ServingCertificate},
+    tls::{self, Alpn, Bound, ClientTrust, Limits, ServingCertificate},
     webhook::{self, Webhook},
 };
 
@@ -67,6 +67,8 @@ struct Gates {
 struct Port {
     bound: Bound,
     certificate: Arc<ServingCertificate>,
+    /// Who may show a client certificate; `None` where nobody is asked.
+    clients: Option<Arc<ClientTrust>>,
     chains: watch::Sender<Option<Arc<KeyedChain>>>,
 }
 
@@ -104,6 +106,12 @@ struct Metrics {
     custody: custody::Metrics,
 }
 
+/// Two connections of each of 8,000 pods: its agent's and its proxy's. One costs its buffers, some 40 KiB in use.
+const CA_CONNECTIONS: usize = 16_384;
+
+/// Long enough that an agent which tries again, with growing pauses, finds its connection open.
+const CA_IDLE: Duration = Duration::from_secs(300);
+
 /// The first and the longest pause between two tries to open the journal.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
@@ -129,9 +137,8 @@ impl Plane {
             ..Limits::default()
         };
         let metrics = Metrics::default();
-        let take = async |addr, name, alpn| Port::take(addr, name, alpn, &limits, &metrics).await;
-        let webhook = take(settings.webhook_addr, "webhook", Alpn::Http1).await?;
-        let ca = take(settings.ca_addr, "ca", Alpn::Http2).await?;
+        let webhook = Port::webhook(settings.webhook_addr, limits.clone(), &metrics).await?;
+        let ca = Port::ca(settings.ca_addr, limits, &metrics).await?;
         let few = Limits {
             connections: 100,
             ..Limits::default()
@@ -244,6 +251,9 @@ impl Plane {
             let keeping = port.keep_certificate(&custody, profile, &self.clock, &stop);
             self.tasks.own(name, keeping);
         }
+        if let Some(following) = self.ca.follow_clients(&custody, &stop) {
+            self.tasks.own("client certificates", following);
+        }
         for (name, port, dns_names, gate) in [
             (
                 "webhook listener",
@@ -273,7 +283,8 @@ impl Plane {
         );
         let signing = signing
             .with_gate(self.signing_gate.clone())
-            .with_audit(Audit::new(home.replica));
+            .with_audit(Audit::new(home.replica))
+            .with_cluster(self.settings.cluster.clone());
         let webhook = webhook::router(Webhook {
             injector: self.injector.clone(),
             cluster: home.cluster,
@@ -282,6 +293,7 @@ impl Plane {
         });
         self.tasks
             .own("webhook", self.webhook.bound.serve(webhook, stop.clone()));
+        // One port for whatever pods ask for: other services merge their routes into these.
         let signer = signing::router(Arc::new(signing));
         self.tasks
             .own("signer", self.ca.bound.serve(signer, stop.clone()));
@@ -321,23 +333,48 @@ impl Plane {
 }
 
 impl Port {
-    async fn take(
-        addr: SocketAddr,
-        name: &'static str,
-        alpn: Alpn,
-        limits: &Limits,
-        metrics: &Metrics,
-    ) -> Result<Self, Failure> {
+    /// What API servers call. They show no certificate: none that we could know.
+    async fn webhook(addr: SocketAddr, limits: Limits, metrics: &Metrics) -> Result<Self, Failure> {
         let certificate = ServingCertificate::new();
-        let bound = Bound::new(addr, certificate.clone(), alpn, limits.clone()).await;
-        let bound = bound
-            .or_exit(Exit::Internal)?
-            .counted(&metrics.listeners, name);
+        let bound = Bound::new(addr, certificate.clone(), Alpn::Http1, limits).await;
         Ok(Self {
-            bound,
+            bound: bound
+                .or_exit(Exit::Internal)?
+                .counted(&metrics.listeners, "webhook"),
             certificate,
+            clients: None,
             chains: watch::Sender::new(None),
         })
+    }
+
+    /// What every pod of the mesh holds connections to, and shows its certificate.
+    async fn ca(addr: SocketAddr, limits: Limits, metrics: &Metrics) -> Result<Self, Failure> {
+        let limits = Limits {
+            connections: CA_CONNECTIONS,
+            idle: CA_IDLE,
+            ..limits
+        };
+        let (certificate, clients) = (ServingCertificate::new(), ClientTrust::new());
+        let bound = Bound::asking(addr, certificate.clone(), clients.clone(), limits).await;
+        Ok(Self {
+            bound: bound
+                .or_exit(Exit::Internal)?
+                .counted(&metrics.listeners, "ca"),
+            certificate,
+            clients: Some(clients),
+            chains: watch::Sender::new(None),
+        })
+    }
+
+    /// Trusts clients by whatever bundle is current.
+    fn follow_clients<H: JournalHome>(
+        &self,
+        custody: &Custody<H>,
+        stop: &CancellationToken,
+    ) -> Option<impl Future<Output = ()> + Send + use<H>> {
+        let bundle_of = |authority: &Arc<Authority>| authority.bundle().clone();
+        let clients = self.clients.clone()?;
+        Some(clients.follow(custody.watch(), bundle_of, stop.clone()))
     }
 
     /// Issues this port's certificate, again and again in time, and serves each from the next handshake on.
