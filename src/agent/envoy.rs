@@ -149,7 +149,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// A proxy that is missing is worse than a busy one.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Early deaths before anything was ever ready; then the kubelet shall see it, and wait longer than we would.
-const HOPELESS: u32 = 8;
+const HOPELESS: u32 = 5;
 /// Envoy closes its connections and ends within a second.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -283,12 +283,12 @@ mod tests {
         };
         assert_eq!(not_found.exit_code(), 127);
         let killed = EnvoyError::NeverReady {
-            times: 8,
+            times: 5,
             last: Ended::Killed(Signal::SIGSEGV),
         };
         assert_eq!(killed.exit_code(), 139);
         let clean = EnvoyError::NeverReady {
-            times: 8,
+            times: 5,
             last: Ended::Exited(0),
         };
         assert_eq!(clean.exit_code(), 1);
