@@ -23,11 +23,13 @@ use super::{
     children::Children,
     drain::drain,
     envoy::{EnvoyError, Launch, Life, concurrency, supervise},
+    identity,
     metrics::Metrics,
     pod::Pod,
     serve::{self, BindError},
     settings::Settings,
 };
+use crate::clock::Clock;
 
 /// Why the agent ends although nobody asked it to.
 #[derive(Debug, thiserror::Error)]
@@ -58,23 +60,6 @@ impl RunError {
             Self::Bind(_) | Self::Signals(_) => 71,
             Self::Directory { .. } => 73,
             Self::Envoy(error) => error.exit_code(),
-        }
-    }
-}
-
-/// What the rest of the pod's side needs of the agent: the identity's tasks live beside these.
-pub struct Beside {
-    /// Figures to be told with the agent's own.
-    pub registry: Registry,
-    /// Starts a part; it is started again whenever it ends.
-    pub start: Box<dyn FnOnce(&Keeper)>,
-}
-
-impl Default for Beside {
-    fn default() -> Self {
-        Self {
-            registry: Registry::default(),
-            start: Box::new(|_| ()),
         }
     }
 }
@@ -117,15 +102,17 @@ impl Keeper {
 ///
 /// # Errors
 /// Why the container must be started again.
-pub async fn run(settings: Settings, beside: Beside) -> Result<ExitCode, RunError> {
+pub async fn run(settings: Settings, clock: Clock) -> Result<ExitCode, RunError> {
     let mut signals = Signals::install().map_err(RunError::Signals)?;
     write_bootstrap(&settings)?;
     let status = serve::bind(settings.listen_on(settings.status_port))?;
     let probes = serve::bind(settings.listen_on(settings.agent_port))?;
 
     let metrics = Metrics::default();
-    let mut registry = beside.registry;
+    let of_identity = identity::Metrics::default();
+    let mut registry = Registry::default();
     metrics.register(&mut registry);
+    of_identity.register(&mut registry);
     let (life, lives) = watch::channel(Life::Absent);
     let draining = CancellationToken::new();
     let launch = Launch::new(&settings, workers(&settings));
@@ -156,7 +143,15 @@ pub async fn run(settings: Settings, beside: Beside) -> Result<ExitCode, RunErro
         &pod,
         |listener, pod| async move { serve::status(&listener, &pod).await },
     );
-    (beside.start)(&keeper);
+    let owner = Arc::clone(&pod);
+    keeper.keep("identity", move || {
+        let (pod, metrics, clock) = (Arc::clone(&owner), of_identity.clone(), clock.clone());
+        async move {
+            if let Err(error) = identify(&pod.settings, metrics, clock).await {
+                tracing::error!(error = &*error as &dyn Error, "no identity can be served");
+            }
+        }
+    });
 
     let (forward, forwarded) = mpsc::channel(4);
     let stop = CancellationToken::new();
@@ -198,6 +193,36 @@ pub async fn run(settings: Settings, beside: Beside) -> Result<ExitCode, RunErro
     tracing::warn!(%signal, "second signal: ending at once");
     kill(&pod);
     Ok(code_of(signal))
+}
+
+/// Gets and renews the pod's identity, and serves it to Envoy and to the application.
+async fn identify(
+    settings: &Settings,
+    metrics: identity::Metrics,
+    clock: Clock,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let keeper = identity::Keeper::new(
+        identity::Settings {
+            id: settings.id.clone(),
+            control_plane: settings.control_plane.to_string().parse()?,
+            cluster: settings.cluster.clone(),
+            pod: settings.node_id(),
+            token: settings.token.clone(),
+            roots: settings.roots.clone(),
+            life: None,
+        },
+        clock,
+        metrics,
+    );
+    let sds = keeper.sds(&settings.sds_socket())?;
+    let workload_api = keeper.workload_api(&settings.file("workload/socket"))?;
+    // Nobody stops them: they end with the process, after Envoy.
+    let stop = CancellationToken::new();
+    tokio::select! {
+        () = keeper.keep(stop.clone()) => Ok(()),
+        ended = sds.serve(stop.clone()) => Ok(ended?),
+        ended = workload_api.serve(stop.clone()) => Ok(ended?),
+    }
 }
 
 fn code_of(signal: Signal) -> ExitCode {

@@ -15,7 +15,8 @@ use std::{
 
 use serde::Deserialize;
 
-use super::probes::Probes;
+use super::{identity, probes::Probes};
+use crate::identity::{SpiffeId, TrustDomain};
 
 /// The sidecar's own ports: redirection leaves them alone, and an application cannot have them.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -29,14 +30,12 @@ pub struct Settings {
     pub pod: String,
     /// Its namespace.
     pub namespace: String,
-    /// Its service account.
-    pub service_account: String,
+    /// Who it is: its service account in its namespace and the mesh's trust domain.
+    pub id: SpiffeId,
     /// Its addresses, the primary one first.
     pub pod_ips: Vec<IpAddr>,
     /// The node it runs on; empty where nobody said.
     pub node: String,
-    /// The mesh's trust domain.
-    pub trust_domain: String,
     /// The cluster, as certificates requests name it.
     pub cluster: String,
     /// The network that the pod is in; empty for the only one.
@@ -180,23 +179,33 @@ impl Settings {
             status_port,
             envoy_metrics_port,
         ];
+        let namespace = from.text(
+            "POD_NAMESPACE",
+            "the pod's namespace, by fieldRef metadata.namespace",
+        )?;
+        let mesh = from.or_text("MALHA_TRUST_DOMAIN", "cluster.local");
+        let mesh: TrustDomain = mesh.parse().map_err(|_| {
+            invalid(
+                "MALHA_TRUST_DOMAIN",
+                &mesh,
+                "a trust domain, as in cluster.local",
+            )
+        })?;
+        let id = from.must(
+            "SERVICE_ACCOUNT",
+            "the pod's service account, by fieldRef spec.serviceAccountName",
+            |account| SpiffeId::new(&mesh, &namespace, account).ok(),
+        )?;
         Ok(Self {
             pod: from.text("POD_NAME", "the pod's name, by fieldRef metadata.name")?,
-            namespace: from.text(
-                "POD_NAMESPACE",
-                "the pod's namespace, by fieldRef metadata.namespace",
-            )?,
-            service_account: from.text(
-                "SERVICE_ACCOUNT",
-                "the pod's service account, by fieldRef spec.serviceAccountName",
-            )?,
+            namespace,
+            id,
             pod_ips: from.must(
                 "POD_IPS",
                 "one address or more with commas between, by fieldRef status.podIPs",
                 addresses,
             )?,
             node: from.optional("NODE_NAME"),
-            trust_domain: from.or_text("MALHA_TRUST_DOMAIN", "cluster.local"),
             cluster: from.or_text("MALHA_CLUSTER", "Kubernetes"),
             network: from.optional("MALHA_NETWORK"),
             revision: from.or_text("MALHA_REVISION", "default"),
@@ -204,7 +213,7 @@ impl Settings {
             control_plane: from.must(
                 "MALHA_CONTROL_PLANE",
                 "host:port, as in malha.malha-system.svc:15012",
-                |text| text.parse().ok(),
+                control_plane,
             )?,
             cpu_limit: from.or("CPU_LIMIT", None, "a number of cores", |text| {
                 text.parse().ok().map(Some)
@@ -264,9 +273,8 @@ impl Settings {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             node = self.node_id(),
-            service_account = self.service_account,
+            id = %self.id,
             pod_ips = ?self.pod_ips,
-            trust_domain = self.trust_domain,
             cluster = self.cluster,
             network = self.network,
             revision = self.revision,
@@ -432,6 +440,12 @@ fn invalid(name: &'static str, value: &str, allowed: &'static str) -> SettingsEr
 
 fn json<T: for<'de> Deserialize<'de>>(text: &str) -> Option<T> {
     serde_json::from_str(text).ok()
+}
+
+/// One that a certificate can be checked against.
+fn control_plane(text: &str) -> Option<ControlPlane> {
+    text.parse::<identity::ControlPlane>().ok()?;
+    text.parse().ok()
 }
 
 fn port(text: &str) -> Option<u16> {

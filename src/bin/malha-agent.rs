@@ -7,12 +7,15 @@ use std::{
     time::Duration,
 };
 
-use malha::agent::{
-    admin::Admin,
-    dump, log,
-    run::{Beside, run, told},
-    settings::{self, Level, Settings},
-    wait,
+use malha::{
+    agent::{
+        admin::Admin,
+        dump, log,
+        run::{run, told},
+        settings::{self, Level, Settings},
+        wait,
+    },
+    clock::Clock,
 };
 
 const HELP: &str = "\
@@ -121,7 +124,7 @@ fn start() -> ExitCode {
         tracing::warn!(%error, "the process could not give up core dumps and ptrace");
     }
     settings.log();
-    match block_on(run(settings, Beside::default())) {
+    match block_on(run(settings, clock())) {
         Ok(code) => code,
         Err(error) => {
             tracing::error!(error = &error as &dyn std::error::Error, "the sidecar ends");
@@ -141,6 +144,14 @@ fn print_dump() -> ExitCode {
         Ok(envoys) => print(&format!("{:#}\n", dump::dump(&envoys))),
         Err(error) => fail(UNAVAILABLE, &format!("Envoy's dump is no JSON: {error}")),
     }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where the agent reads the real clock"
+)]
+fn clock() -> Clock {
+    Clock::new(jiff::Timestamp::now)
 }
 
 fn variable(name: &str) -> Option<String> {

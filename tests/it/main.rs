@@ -1,5 +1,6 @@
 //! Integration tests: one binary, one module a subject.
 
+mod agent;
 mod ca;
 mod cli;
 mod cli_live;

@@ -317,7 +317,7 @@ envoy_control_plane_connected_state{} 1
 
     #[test]
     fn a_family_stands_once_whoever_tells_of_it() {
-        let cases: &[(&str, &str, &str, u64)] = &[
+        let cases: &[(&str, &str, &str, &str, u64)] = &[
             (
                 "a second source's family of the same name goes",
                 "# TYPE up gauge\nup 1\n",

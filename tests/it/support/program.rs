@@ -34,7 +34,17 @@ impl Program {
 
     /// The same in a directory and with variables.
     pub(crate) fn malha_in(directory: &Path, args: &[&str], variables: &[(&str, &str)]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_malha"));
+        Self::start(env!("CARGO_BIN_EXE_malha"), directory, args, variables)
+    }
+
+    /// Starts `malha-agent ARGS` with these variables, `PATH` and `HOME`.
+    pub(crate) fn agent(args: &[&str], variables: &[(&str, &str)]) -> Self {
+        let program = env!("CARGO_BIN_EXE_malha-agent");
+        Self::start(program, Path::new("."), args, variables)
+    }
+
+    fn start(program: &str, directory: &Path, args: &[&str], variables: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(program);
         command.args(args).current_dir(directory).env_clear();
         for name in ["PATH", "HOME"] {
             if let Some(value) = std::env::var_os(name) {
@@ -47,7 +57,7 @@ impl Program {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .expect("malha starts");
+            .expect("the program starts");
         let output = Arc::new((
             Mutex::new(Output {
                 lines: Vec::new(),
@@ -103,6 +113,12 @@ impl Program {
         kill(Pid::from_raw(pid), signal).expect("our child is there until it is reaped");
     }
 
+    /// Ends it at once.
+    pub(crate) fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Waits for the end.
     pub(crate) fn wait(&mut self, within: Duration) -> ExitStatus {
         let deadline = Instant::now() + within;
@@ -125,8 +141,7 @@ impl Drop for Program {
         if thread::panicking() {
             eprintln!("-- malha (pid {}) said --\n{}\n--", self.pid(), self.said());
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }
 
