@@ -35,7 +35,7 @@ get = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 		echo "make: $(1) is needed: apt-get install $(2), or your system's like" >&2; exit 1; \
 	fi
 
-.PHONY: needs-rust needs-go needs-clients needs-node needs-envoy needs-strip
+.PHONY: needs-rust needs-go needs-clients needs-node needs-envoy needs-strip needs-namespaces
 needs-rust:
 	@command -v $(CARGO) >/dev/null 2>&1 || { echo "make: Rust 1.89 or later is needed: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
 	$(call need,cc,gcc libc6-dev)
@@ -66,6 +66,14 @@ needs-envoy:
 needs-clients:
 	$(call need,curl,curl ca-certificates)
 	$(call need,openssl,openssl)
+
+# The redirection is tested in network namespaces, which takes root; without it those tests say that they are skipped.
+needs-namespaces:
+ifeq ($(shell id -u),0)
+	$(call need,nft,nftables)
+	$(call need,ip,iproute2)
+	$(call need,setcap,libcap2-bin)
+endif
 
 # -- use --
 
@@ -121,7 +129,7 @@ certs: needs-rust ## Make development certificates in certs/dev
 .PHONY: test test-unit test-cluster rig
 test: test-unit test-cluster ## Run every test, from nothing
 
-test-unit: needs-rust needs-clients ## Run the tests that need no cluster
+test-unit: needs-rust needs-clients needs-namespaces ## Run the tests that need no cluster
 	$(CARGO) test --locked --lib --bins --test it $(ARGS)
 	$(CARGO) test --locked --doc $(ARGS)
 

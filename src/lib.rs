@@ -5,6 +5,7 @@
 //! AdmissionReview -> webhook -> inject -> JSON Patch
 //! CSR + token     -> signing -> ca     -> certificate chain
 //! token, new key  -> agent::identity -> Envoy's SDS, the SPIFFE Workload API
+//! capture settings -> redirect -> netlink -> rules in the pod's kernel (`malha-init`)
 //! tick            -> custody -> ca::rotation::step -> journal (Secret or file) -> everyone who holds an authority
 //! ```
 //!
@@ -16,6 +17,7 @@
 pub mod clock;
 #[cfg(any(feature = "controller", feature = "agent"))]
 pub mod identity;
+pub mod redirect;
 #[cfg(feature = "controller")]
 pub mod caller;
 #[cfg(feature = "controller")]
@@ -44,6 +46,8 @@ pub mod signing;
 pub mod custody;
 #[cfg(feature = "controller")]
 pub mod k8s;
+#[cfg(target_os = "linux")]
+pub mod netlink;
 #[cfg(feature = "controller")]
 pub mod standalone;
 #[cfg(feature = "agent")]

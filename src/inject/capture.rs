@@ -1,16 +1,14 @@
 //! Which traffic of a pod is redirected through its proxy: the one argument of `malha-init`.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
 
-/// The group by which the redirection tells the proxy's own traffic.
-pub const PROXY_GID: i64 = 1337;
-/// Everything that enters the pod goes here.
-pub const INBOUND_PORT: u16 = 15006;
-/// Everything that leaves the pod goes here.
-pub const OUTBOUND_PORT: u16 = 15001;
+use crate::redirect::{
+    Cidr, INBOUND_PORT, Include, Interface, OUTBOUND_PORT, PROXY_GID, Redirection,
+};
+
 /// The agent: probes and merged metrics.
 pub const AGENT_PORT: u16 = 15020;
 /// The proxy's readiness.
@@ -27,15 +25,6 @@ pub const OUR_PORTS: [u16; 5] = [
     STATUS_PORT,
     ENVOY_METRICS_PORT,
 ];
-
-/// Everything, or what a list names (an empty list names nothing).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Include<T> {
-    /// `*`.
-    All,
-    /// The list.
-    Only(Vec<T>),
-}
 
 /// The capture settings, by default and as a pod's annotations change them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,28 +66,25 @@ impl Capture {
     /// The argument of `malha-init`: one JSON document. `probed` are ports that the kubelet dials before the agent is
     /// there to answer for them.
     pub(super) fn to_argument(&self, probed: &[u16]) -> String {
-        #[derive(Serialize)]
-        #[serde(rename_all = "camelCase")]
-        struct Argument<'a> {
-            proxy_gid: i64,
-            inbound_port: u16,
-            outbound_port: u16,
-            #[serde(flatten)]
-            capture: &'a Capture,
-        }
-        let mut capture = self.clone();
-        capture
-            .exclude_inbound_ports
-            .extend(NEVER_INBOUND.iter().chain(probed));
-        capture.exclude_inbound_ports.sort_unstable();
-        capture.exclude_inbound_ports.dedup();
-        let argument = Argument {
+        let mut exclude_inbound_ports = self.exclude_inbound_ports.clone();
+        exclude_inbound_ports.extend(NEVER_INBOUND.iter().chain(probed));
+        exclude_inbound_ports.sort_unstable();
+        exclude_inbound_ports.dedup();
+        let wanted = self.clone();
+        let redirection = Redirection {
             proxy_gid: PROXY_GID,
             inbound_port: INBOUND_PORT,
             outbound_port: OUTBOUND_PORT,
-            capture: &capture,
+            include_inbound_ports: wanted.include_inbound_ports,
+            exclude_inbound_ports,
+            include_outbound_ports: wanted.include_outbound_ports,
+            exclude_outbound_ports: wanted.exclude_outbound_ports,
+            include_outbound_ip_ranges: wanted.include_outbound_ip_ranges,
+            exclude_outbound_ip_ranges: wanted.exclude_outbound_ip_ranges,
+            exclude_interfaces: wanted.exclude_interfaces,
+            exclude_outbound_uids: wanted.exclude_outbound_uids,
         };
-        serde_json::to_string(&argument).expect("numbers and names always serialise")
+        redirection.to_argument()
     }
 }
 
@@ -167,47 +153,15 @@ pub(super) fn decimal<N: std::str::FromStr>(text: &str) -> Option<N> {
         .then(|| text.parse().ok())?
 }
 
-/// A range of addresses, written as its network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Cidr(String);
-
 impl Item for Cidr {
     fn parse(text: &str) -> Option<Self> {
-        let (address, bits) = text.split_once('/')?;
-        let bits: u32 = decimal(bits)?;
-        let network: IpAddr = match address.parse().ok()? {
-            IpAddr::V4(v4) if bits <= 32 => {
-                let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
-                IpAddr::V4((u32::from(v4) & mask).into())
-            }
-            IpAddr::V6(v6) if bits <= 128 => {
-                let mask = u128::MAX.checked_shl(128 - bits).unwrap_or(0);
-                IpAddr::V6((u128::from(v6) & mask).into())
-            }
-            _ => return None,
-        };
-        Some(Self(format!("{network}/{bits}")))
+        text.parse().ok()
     }
 }
-
-/// The name of a network interface: at most 15 characters (`IFNAMSIZ` counts a NUL), and none that would need quoting.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Interface(String);
 
 impl Item for Interface {
     fn parse(text: &str) -> Option<Self> {
-        let legal = |b: u8| b.is_ascii_alphanumeric() || b"._-@+:".contains(&b);
-        let named = (1..=15).contains(&text.len()) && text != "." && text != "..";
-        (named && text.bytes().all(legal)).then(|| Self(text.to_owned()))
-    }
-}
-
-impl<T: Serialize> Serialize for Include<T> {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::All => serializer.serialize_str("*"),
-            Self::Only(items) => items.serialize(serializer),
-        }
+        text.parse().ok()
     }
 }
 
@@ -238,36 +192,5 @@ mod tests {
             Some(vec![0, u32::MAX - 1])
         );
         assert_eq!(Vec::<u32>::parse("4294967295"), None);
-    }
-
-    #[test]
-    fn ranges_are_written_as_their_network() {
-        let cidr = |text| <Cidr as Item>::parse(text).map(|cidr| cidr.0);
-        assert_eq!(cidr("10.1.2.3/8").as_deref(), Some("10.0.0.0/8"));
-        assert_eq!(cidr("0.0.0.0/0").as_deref(), Some("0.0.0.0/0"));
-        assert_eq!(cidr("10.1.2.3/32").as_deref(), Some("10.1.2.3/32"));
-        assert_eq!(cidr("fd00::1/64").as_deref(), Some("fd00::/64"));
-        assert_eq!(cidr("::/0").as_deref(), Some("::/0"));
-        for bad in [
-            "10.0.0.0",
-            "10.0.0.0/33",
-            "10.0.0/8",
-            "::/129",
-            "10.0.0.0/+8",
-            "/8",
-            "10.0.0.0/",
-            "fe80::1%eth0/64",
-        ] {
-            assert_eq!(cidr(bad), None, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn interfaces_are_names_of_at_most_fifteen_characters() {
-        let interface = |text| <Interface as Item>::parse(text).is_some();
-        assert!(interface("eth0") && interface("veth1234567890a"));
-        for bad in ["", ".", "..", "veth1234567890ab", "a/b", "a b", "a'b", "é"] {
-            assert!(!interface(bad), "{bad:?}");
-        }
     }
 }

@@ -3,12 +3,12 @@
 use super::{
     Injector, NamespaceFacts, Owner, PodError, Reason, Verdict, Warning,
     annotations::shown,
-    capture::Include,
     gates::{self, Candidate, Gate as Asked},
     judge::Judgement,
     pod::PodView,
     select::{self, LabelSelector, Operator, PodFacts},
 };
+use crate::redirect::Include;
 use serde::Serialize;
 
 /// One question, and how the pod answered it.

@@ -6,13 +6,14 @@
 use super::{
     Call, Denial, Verdict,
     annotations::shown,
-    capture::{OUR_PORTS, PROXY_GID},
+    capture::OUR_PORTS,
     lax::Slot,
     ours,
     pod::{Container, PodView, SecurityContext},
     reason::{DenyReason, SkipReason},
     select,
 };
+use crate::redirect::PROXY_GID;
 
 /// Sidecars of other meshes.
 const FOREIGN: [&str; 2] = ["istio-proxy", "linkerd-proxy"];
@@ -227,7 +228,7 @@ fn proxy_gid_taken(pod: &PodView<'_>) -> Option<Denial> {
         context
             .present()
             .and_then(|context| context.run_as_group.present())
-            == Some(&PROXY_GID)
+            == Some(&i64::from(PROXY_GID))
     };
     let place = if pod
         .spec

@@ -6,12 +6,13 @@ use serde_json::json;
 
 use super::{
     annotations::Wishes,
-    capture::{AGENT_PORT, ENVOY_METRICS_PORT, PROXY_GID, STATUS_PORT},
+    capture::{AGENT_PORT, ENVOY_METRICS_PORT, STATUS_PORT},
     lax::{write_text, write_text_unexpanded},
     ours,
     resources::{self, Shares},
     settings::{InjectSettings, PullPolicy, Redirect},
 };
+use crate::redirect::PROXY_GID;
 
 /// Where every container is given the application's API token, unless something is mounted there already.
 const SERVICE_ACCOUNT_DIRECTORY: &str = "/var/run/secrets/kubernetes.io/serviceaccount";

@@ -4,6 +4,7 @@ mod agent;
 mod ca;
 mod cli;
 mod cli_live;
+mod dependencies;
 #[path = "../support/dice.rs"]
 mod dice;
 #[path = "../support/envoy.rs"]
@@ -15,6 +16,7 @@ mod manifests;
 mod pods;
 mod pods_are_odd;
 mod proto;
+mod redirect;
 mod robustness;
 mod rooms;
 mod runtime;

@@ -4,7 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use malha::inject::{Reason, SkipReason, WarningCode};
+use malha::{
+    inject::{Reason, SkipReason, WarningCode},
+    redirect::Redirection,
+};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -146,6 +149,14 @@ pub(crate) fn p03_one_proxy_in_its_place(_: &Subject, case: &Case) -> Result<(),
         .iter()
         .position(|name| *name == INIT)
         .ok_or("malha-init is no init container")?;
+    let arguments = &case.after["spec"]["initContainers"][redirected]["args"];
+    let argument = list(arguments).last().and_then(Value::as_str).unwrap_or("");
+    if !is_ours(&case.before) {
+        let read = Redirection::parse(argument);
+        let settings = read.map_err(|error| format!("{INIT} cannot read {argument}: {error}"))?;
+        let written = settings.to_argument();
+        hold!(written == argument, "{argument} is read as {written}");
+    }
     let native = inits.iter().position(|name| *name == PROXY);
     if !is_ours(&case.before) {
         let wanted = expected::native(&case.before, case.setup);
