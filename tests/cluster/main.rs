@@ -11,9 +11,11 @@ mod envoy;
 mod generated;
 #[path = "../support/pods.rs"]
 mod generator;
+mod installed;
 mod journal;
 mod lease;
 mod manifests;
+mod node;
 mod outage;
 mod pods;
 mod programs_build;

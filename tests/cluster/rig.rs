@@ -83,7 +83,7 @@ pub(crate) fn programs_or_skip() -> Option<Programs> {
 }
 
 /// Whether what would be skipped elsewhere must fail.
-fn in_ci() -> bool {
+pub(crate) fn in_ci() -> bool {
     std::env::var_os("CI").is_some_and(|ci| !ci.is_empty() && ci != "false")
 }
 

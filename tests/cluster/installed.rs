@@ -1,0 +1,95 @@
+//! Malha as users install it, on a real node.
+
+use serde_json::Value;
+
+use crate::node;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_replicas_run_from_the_manifests_that_users_get() {
+    let Some(node) = node::shared().await else {
+        return;
+    };
+    let pods = node
+        .kubectl(&["get", "pods", "-n", "malha-system", "-o", "json"])
+        .await;
+    let pods: Value = serde_json::from_str(&pods).expect("JSON");
+    let ready = pods["items"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter(|pod| {
+            let status = &pod["status"]["containerStatuses"][0];
+            status["ready"] == true
+                && status["restartCount"] == 0
+                && pod["metadata"]["deletionTimestamp"].is_null()
+        });
+    assert_eq!(ready.count(), 2, "{pods:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_find_each_other_by_the_name_of_a_service() {
+    let Some(node) = node::shared().await else {
+        return;
+    };
+    let plain = node.namespace("plain", &[]).await;
+    plain.apply(WEB_AND_CLIENT).await;
+    plain.ready("pod/web").await;
+    plain.ready("pod/client").await;
+    let url = format!("http://web.{}.svc.cluster.local/hostname", plain.name());
+    let answer = plain
+        .exec(
+            "pod/client",
+            "client",
+            &["curl", "-sS", "--retry", "5", "--retry-connrefused", &url],
+        )
+        .await;
+    assert_eq!(answer.as_deref(), Ok("web"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_labelled_pod_is_given_its_sidecar_by_the_webhook_in_the_cluster() {
+    let Some(node) = node::shared().await else {
+        return;
+    };
+    let mesh = node
+        .namespace("mesh", &[("istio-injection", "enabled")])
+        .await;
+    mesh.apply(WEB_AND_CLIENT).await;
+    let containers = mesh
+        .kubectl(&[
+            "get",
+            "pod/web",
+            "-o",
+            "jsonpath={.spec.initContainers[*].name} {.spec.containers[*].name}",
+        ])
+        .await;
+    assert_eq!(containers, "malha-init malha-proxy web");
+}
+
+const WEB_AND_CLIENT: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: web, labels: {app: web}}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: web
+    image: rig.local/agnhost:1
+    args: [netexec, --http-port=8080]
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: client, image: "rig.local/tools:1", command: [sleep, "100000"]}
+"#;
