@@ -14,9 +14,10 @@ use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
-    api::{AttachParams, ListParams},
+    api::{ApiResource, AttachParams, DynamicObject, ListParams},
 };
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::{io::AsyncReadExt as _, net::TcpStream, time::timeout};
 
 use self::loopback::get;
@@ -153,6 +154,48 @@ impl Cluster {
         Ok(list.items)
     }
 
+    /// One object as JSON; `None` where it is not there, its kind being unknown to the cluster included.
+    pub(super) async fn object(
+        &self,
+        resource: &ApiResource,
+        namespace: Option<&str>,
+        name: &str,
+    ) -> anyhow::Result<Option<Value>> {
+        let found = ask(self.dynamic(resource, namespace).get_opt(name)).await;
+        let kind = &resource.kind;
+        let found = found.with_context(|| match namespace {
+            Some(namespace) => format!("cannot read {kind} {namespace}/{name}"),
+            None => format!("cannot read {kind} {name}"),
+        })?;
+        found.map(|object| to_value(object, resource)).transpose()
+    }
+
+    /// The objects of a kind in a namespace, or everywhere; none where the cluster does not know the kind.
+    pub(super) async fn objects(
+        &self,
+        resource: &ApiResource,
+        namespace: Option<&str>,
+    ) -> anyhow::Result<Vec<Value>> {
+        let api = self.dynamic(resource, namespace);
+        let list = match ask(api.list(&ListParams::default())).await {
+            Err(ApiError::Refused(kube::Error::Api(status))) if status.code == 404 => {
+                return Ok(Vec::new());
+            }
+            list => {
+                list.with_context(|| format!("cannot list objects of kind {}", resource.kind))?
+            }
+        };
+        let objects = list.items.into_iter();
+        objects.map(|object| to_value(object, resource)).collect()
+    }
+
+    fn dynamic(&self, resource: &ApiResource, namespace: Option<&str>) -> Api<DynamicObject> {
+        match namespace {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, resource),
+            None => Api::all_with(self.client.clone(), resource),
+        }
+    }
+
     /// `GET path` on a pod's loopback, by port-forward: the status and the body.
     async fn ask_pod(
         &self,
@@ -233,6 +276,14 @@ impl Cluster {
             }
         }
     }
+}
+
+/// Items of a list do not say their kind.
+fn to_value(object: DynamicObject, resource: &ApiResource) -> anyhow::Result<Value> {
+    let mut object = serde_json::to_value(object).context("an object that is no JSON")?;
+    object["apiVersion"] = resource.api_version.clone().into();
+    object["kind"] = resource.kind.clone().into();
+    Ok(object)
 }
 
 /// One question to the API server, bounded, with our words for its refusals.

@@ -1,34 +1,59 @@
-//! `malha explain`: gate by gate, why a pod is or is not injected.
+//! `malha explain`: gate by gate, why a pod is or is not injected, and what its ports accept.
 
-use std::fmt::Write as _;
+mod inbound;
+mod live;
+
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use anstyle::Style;
 use anyhow::anyhow;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
+use self::{
+    inbound::{Captured, Inbound, Rules},
+    live::{Live, Target},
+};
 use super::{
-    Exit, Failure, Terminal,
+    Exit, Failure, Terminal, cluster,
     documents::{Document, InputArgs},
     exit::OrExit as _,
     mesh::MeshArgs,
-    terminal::{Mark, paint},
+    terminal::{Mark, paint, span, table},
 };
-use crate::inject::{
-    NamespaceFacts, Reason,
-    explain::{Explanation, explain},
-    workload::{Template, templates},
+use crate::{
+    identity::{SpiffeId, TrustDomain},
+    inject::{
+        Injector, NamespaceFacts, Reason,
+        explain::{Explanation, explain},
+        uninject::uninject,
+        workload::{Surroundings, Template, templates},
+    },
+    runtime::clock,
 };
 
-/// Say gate by gate why a pod gets a sidecar, or why not.
+/// Say gate by gate why a pod gets a sidecar, or why not, and what each of its ports accepts.
 ///
-/// Give the namespace with -f, too: without it every pod is taken to be selected, or as --namespace-labels says.
+/// Name an object of the cluster (POD, or KIND/NAME such as deploy/web, ns/shop), or give manifests with -f. With -f give
+/// the namespace, too: without it every pod is taken to be selected, or as --namespace-labels says; what ports accept is
+/// told where PeerAuthentications are given.
 ///
-/// Exit codes: 0 whatever the verdict; 2 with --strict where a pod is not injected; 65 where the input holds no pod or
-/// workload.
+/// Exit codes: 0 whatever the verdict; 2 with --strict where a pod is not injected; 65 where the object is not there, or
+/// the input holds no pod or workload; 69 where the cluster does not answer.
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("files", |arg| arg
+    .required(false)
+    .required_unless_present("object")
+    .conflicts_with_all(["object", "kubeconfig", "context"])))]
 pub(super) struct Args {
+    /// An object of the cluster: a pod, or KIND/NAME.
+    #[arg(value_name = "POD|KIND/NAME", value_parser = live::parse_target)]
+    object: Option<Target>,
     #[command(flatten)]
     input: InputArgs,
+    #[command(flatten)]
+    place: cluster::ControlPlaneArgs,
     #[command(flatten)]
     mesh: MeshArgs,
     /// How the result is written.
@@ -47,81 +72,210 @@ enum Format {
     Json,
 }
 
+/// What is explained, and all that bears on it.
+struct Scene {
+    found: Vec<Found>,
+    injector: Injector,
+    surroundings: Surroundings,
+    rules: Rules,
+    certificates: BTreeMap<(String, String), Timestamp>,
+    /// The objects are a cluster's.
+    live: bool,
+}
+
+/// An object and where it was found.
+struct Found {
+    origin: String,
+    value: Value,
+}
+
 /// One pod or template, and its way.
-struct Subject<'a> {
-    document: &'a Document,
+struct Subject {
+    origin: String,
     template: Template,
     namespace: NamespaceFacts,
     /// The namespace's labels are an assumption.
     assumed: bool,
     way: Explanation,
+    /// Of a cluster's pod: whether the sidecar is in it.
+    sidecar: Option<bool>,
+    identity: Option<String>,
+    /// Until when the pod's certificate is good.
+    certificate: Option<Timestamp>,
+    inbound: Option<Inbound>,
 }
 
 pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
-    let documents = args.input.read()?;
-    let injector = args.mesh.injector()?;
-    let surroundings = args.mesh.surroundings(&documents)?;
-    let mut subjects = Vec::new();
-    for document in &documents {
-        for template in templates(&document.value) {
-            let namespace = surroundings.namespace_of(&template);
-            let pod = template
-                .pod(&document.value)
-                .unwrap_or(&Value::Null)
-                .to_string();
-            let way = explain(
-                &injector,
-                pod.as_bytes(),
-                &namespace,
-                surroundings.oldest_kubelet,
-                template.owner().as_ref(),
-            );
-            let way = way
-                .map_err(|fault| document.fault(fault))
-                .or_exit(Exit::BadInput)?;
-            let assumed = !surroundings
-                .namespaces
-                .iter()
-                .any(|known| known.name == namespace.name);
-            subjects.push(Subject {
-                document,
-                template,
-                namespace,
-                assumed,
-                way,
-            });
+    let scene = match &args.object {
+        None => Scene::of_documents(&args)?,
+        Some(target) => {
+            let namespace = args.mesh.named_namespace();
+            let look = live::look(&args.place, namespace, target);
+            Scene::of_cluster(&args, cluster::block_on(look)?, terminal)?
         }
-    }
+    };
+    let subjects = scene.subjects()?;
     if subjects.is_empty() {
         return Err(Exit::BadInput.because(anyhow!(
             "the input holds no pod and no workload with a pod template"
         )));
     }
-    let text = match args.output {
+    for finding in &scene.rules.findings {
+        terminal.note(&format!("warning: {finding}"));
+    }
+    match args.output {
         Format::Json => {
             let items: Vec<_> = subjects.iter().map(Subject::to_json).collect();
             let list =
                 json!({ "apiVersion": "malha/v1", "kind": "ExplanationList", "items": items });
-            format!("{list:#}\n")
+            terminal.result(&format!("{list:#}\n"))?;
         }
         Format::Table => {
+            let now = clock::system().now();
             let texts: Vec<_> = subjects
                 .iter()
-                .map(|subject| subject.text(terminal))
+                .map(|subject| subject.text(terminal, now))
                 .collect();
-            texts.join("\n")
+            terminal.styled(&texts.join("\n"))?;
         }
-    };
-    match args.output {
-        Format::Json => terminal.result(&text)?,
-        Format::Table => terminal.styled(&text)?,
     }
-    let all_meshed = subjects.iter().all(|subject| is_meshed(subject.way.reason));
+    let all_meshed = subjects.iter().all(Subject::is_meshed);
     Ok(if args.strict && !all_meshed {
         Exit::Warned
     } else {
         Exit::Done
     })
+}
+
+impl Scene {
+    fn of_documents(args: &Args) -> Result<Self, Failure> {
+        let documents = args.input.read()?;
+        let injector = args.mesh.injector()?;
+        let surroundings = args.mesh.surroundings(&documents)?;
+        let rules = Rules::of(
+            documents.iter().map(|document| &document.value),
+            args.mesh.namespace(),
+            &args.place.system_namespace,
+        );
+        let found = |document: Document| Found {
+            origin: document.origin.to_string(),
+            value: document.value,
+        };
+        Ok(Self {
+            found: documents.into_iter().map(found).collect(),
+            injector,
+            surroundings,
+            rules,
+            certificates: BTreeMap::new(),
+            live: false,
+        })
+    }
+
+    fn of_cluster(args: &Args, live: Live, terminal: &mut Terminal) -> Result<Self, Failure> {
+        for note in &live.notes {
+            terminal.note(&format!("warning: {note}"));
+        }
+        let namespace = live.namespace.name.clone();
+        let found = |value| Found {
+            origin: "in the cluster".to_owned(),
+            value,
+        };
+        Ok(Self {
+            found: live.objects.into_iter().map(found).collect(),
+            injector: args.mesh.injector_of(live.written.as_ref())?,
+            rules: Rules::of(&live.rules, &namespace, &args.place.system_namespace),
+            surroundings: Surroundings {
+                namespaces: vec![live.namespace],
+                default_namespace: namespace,
+                oldest_kubelet: args.mesh.oldest_kubelet().or(live.oldest_kubelet),
+            },
+            certificates: live.certificates,
+            live: true,
+        })
+    }
+
+    fn subjects(&self) -> Result<Vec<Subject>, Failure> {
+        let mut subjects = Vec::new();
+        for found in &self.found {
+            for template in templates(&found.value) {
+                let subject = self
+                    .subject(found, template)
+                    .map_err(|fault| fault.context(found.origin.clone()))
+                    .or_exit(Exit::BadInput)?;
+                subjects.push(subject);
+            }
+        }
+        Ok(subjects)
+    }
+
+    fn subject(&self, found: &Found, template: Template) -> anyhow::Result<Subject> {
+        let namespace = self.surroundings.namespace_of(&template);
+        let pod = template.pod(&found.value).unwrap_or(&Value::Null);
+        let sidecar = (self.live && template.kind == "Pod").then(|| live::carries_sidecar(pod));
+        let mut asked = pod.clone();
+        if sidecar == Some(true) {
+            // The gates are asked about the pod that its author made. One that cannot be taken back is asked as it is.
+            let _ = uninject(&mut asked);
+        }
+        let way = explain(
+            &self.injector,
+            asked.to_string().as_bytes(),
+            &namespace,
+            self.surroundings.oldest_kubelet,
+            template.owner().as_ref(),
+        )?;
+        let mut subject = Subject {
+            origin: found.origin.clone(),
+            assumed: !self.knows(&namespace),
+            way,
+            sidecar,
+            identity: None,
+            certificate: None,
+            inbound: None,
+            template,
+            namespace,
+        };
+        if subject.is_meshed() {
+            self.add_mesh(&mut subject, pod);
+        }
+        Ok(subject)
+    }
+
+    fn knows(&self, namespace: &NamespaceFacts) -> bool {
+        let mut known = self.surroundings.namespaces.iter();
+        known.any(|known| known.name == namespace.name)
+    }
+
+    /// What holds for a pod because it is in the mesh.
+    fn add_mesh(&self, subject: &mut Subject, pod: &Value) {
+        let Some(typed) = subject.typed(pod) else {
+            return;
+        };
+        let account = typed
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.service_account_name.as_deref());
+        let account = account
+            .filter(|account| !account.is_empty())
+            .unwrap_or("default");
+        if self.live {
+            let domain = self.injector.settings().trust_domain.parse::<TrustDomain>();
+            let id = domain
+                .ok()
+                .and_then(|domain| SpiffeId::new(&domain, &subject.namespace.name, account).ok());
+            subject.identity = id.map(|id| id.to_string());
+            let name = (
+                subject.namespace.name.clone(),
+                subject.template.name.clone(),
+            );
+            subject.certificate = self.certificates.get(&name).copied();
+        }
+        if self.live || !self.rules.silent {
+            let would_be = || subject.way.capture.as_ref().map(Captured::of);
+            let captured = Captured::by_init(pod).or_else(would_be);
+            subject.inbound = captured.and_then(|captured| self.rules.inbound(&typed, captured));
+        }
+    }
 }
 
 /// Whether the pod has its sidecar in the end.
@@ -132,10 +286,24 @@ fn is_meshed(reason: Reason) -> bool {
     )
 }
 
-impl Subject<'_> {
-    fn text(&self, terminal: &Terminal) -> String {
+impl Subject {
+    /// The sidecar is in it, or would be.
+    fn is_meshed(&self) -> bool {
+        self.sidecar.unwrap_or(is_meshed(self.way.reason))
+    }
+
+    /// The pod as a typed object that says its name and namespace.
+    fn typed(&self, pod: &Value) -> Option<Pod> {
+        let mut typed: Pod = serde_json::from_value(pod.clone()).ok()?;
+        typed.metadata.namespace = Some(self.namespace.name.clone());
+        let name = &mut typed.metadata.name;
+        name.get_or_insert_with(|| self.template.name.clone());
+        Some(typed)
+    }
+
+    fn text(&self, terminal: &Terminal, now: Timestamp) -> String {
         let Self {
-            document,
+            origin,
             template,
             namespace,
             way,
@@ -143,7 +311,7 @@ impl Subject<'_> {
         } = self;
         let bold = Style::new().bold();
         let title = format!("{} {}/{}", template.kind, namespace.name, template.name);
-        let mut text = format!("{} ({})\n", paint(bold, &title), document.origin);
+        let mut text = format!("{} ({})\n", paint(bold, &title), origin);
         let longest = way
             .gates
             .iter()
@@ -181,7 +349,37 @@ impl Subject<'_> {
                 namespace.name
             );
         }
+        self.write_mesh(now, &mut text);
         text
+    }
+
+    fn write_mesh(&self, now: Timestamp, text: &mut String) {
+        match (self.sidecar, is_meshed(self.way.reason)) {
+            (Some(true), true) => text.push_str("sidecar: in the pod\n"),
+            (Some(true), false) => text.push_str(
+                "sidecar: in the pod since it was created; the verdict is about a pod that is created now\n",
+            ),
+            (Some(false), true) => text.push_str(
+                "sidecar: not in the pod, which was created before this verdict held; delete it, and its successor has one\n",
+            ),
+            (Some(false), false) | (None, _) => {}
+        }
+        if let Some(identity) = &self.identity {
+            let _ = writeln!(text, "identity: {identity}");
+        }
+        if let Some(end) = self.certificate {
+            let left = match now < end {
+                true => format!("{} left", span(now, end)),
+                false => format!("expired {} ago", span(end, now)),
+            };
+            let _ = writeln!(text, "certificate: good until {end}, {left}");
+        }
+        if let Some(inbound) = &self.inbound {
+            text.push_str("what comes in, by port of the pod:\n");
+            for line in table(&inbound.rows()).lines() {
+                let _ = writeln!(text, "  {line}");
+            }
+        }
     }
 
     fn verdict(&self) -> String {
@@ -198,11 +396,15 @@ impl Subject<'_> {
 
     fn to_json(&self) -> Value {
         let Self {
-            document,
+            origin,
             template,
             namespace,
             assumed,
             way,
+            sidecar,
+            identity,
+            certificate,
+            inbound,
         } = self;
         let warnings: Vec<_> = way
             .warnings
@@ -215,7 +417,7 @@ impl Subject<'_> {
                 "kind": template.kind,
                 "namespace": namespace.name,
                 "name": template.name,
-                "origin": document.origin.to_string(),
+                "origin": origin,
             },
             "namespaceLabels": namespace.labels,
             "namespaceAssumed": assumed,
@@ -226,6 +428,10 @@ impl Subject<'_> {
             "fix": way.fix,
             "warnings": warnings,
             "notes": way.notes,
+            "sidecar": sidecar,
+            "identity": identity,
+            "certificateNotAfter": certificate,
+            "mtls": inbound.as_ref().map(Inbound::to_json),
         })
     }
 }

@@ -9,17 +9,20 @@ use super::{
     Exit, Failure, documents::Document, exit::OrExit as _, serve::overrides::Overrides,
     settings::SettingsArgs,
 };
-use crate::inject::{
-    Injector, NamespaceFacts,
-    workload::{self, Surroundings},
+use crate::{
+    config::{Layers, Settings},
+    inject::{
+        Injector, NamespaceFacts,
+        workload::{self, Surroundings},
+    },
 };
 
 /// Flags about the mesh.
 #[derive(Debug, clap::Args)]
 pub(super) struct MeshArgs {
-    /// The namespace of objects that say none.
-    #[arg(short, long, value_name = "NAME", default_value = "default")]
-    namespace: String,
+    /// The namespace of objects that say none: default, or the kubeconfig's where a cluster is asked.
+    #[arg(short, long, value_name = "NAME")]
+    namespace: Option<String>,
     /// Labels of the namespaces that are not among the input, such as istio-injection=enabled (the default),
     /// istio.io/rev=default, or "" for none.
     #[arg(long, value_name = "KEY=VALUE,..", value_parser = parse_labels)]
@@ -36,7 +39,54 @@ pub(super) struct MeshArgs {
 
 type Labels = BTreeMap<String, String>;
 
+/// Settings as somebody wrote them into a cluster.
+pub(super) struct Written {
+    /// Where.
+    pub(super) origin: String,
+    /// Key `malha.yaml`.
+    pub(super) settings: String,
+    /// Key `injector.yaml`.
+    pub(super) injector: String,
+}
+
 impl MeshArgs {
+    /// The namespace that is named on the command line.
+    pub(super) fn named_namespace(&self) -> Option<&str> {
+        self.namespace.as_deref()
+    }
+
+    /// The namespace of objects that say none, without a cluster.
+    pub(super) fn namespace(&self) -> &str {
+        self.namespace.as_deref().unwrap_or("default")
+    }
+
+    /// The oldest kubelet that is named on the command line.
+    pub(super) fn oldest_kubelet(&self) -> Option<u32> {
+        self.oldest_kubelet
+    }
+
+    /// The injector as the control plane of a cluster has it, unless the command line says otherwise.
+    pub(super) fn injector_of(&self, written: Option<&Written>) -> Result<Injector, Failure> {
+        let Some(written) = written else {
+            return self.injector();
+        };
+        if self.injector_config.is_some() || self.settings.is_given() {
+            return self.injector();
+        }
+        let named = || written.origin.clone();
+        let layers = Layers::default()
+            .with_file(&written.settings)
+            .with_context(named)
+            .or_exit(Exit::BadInput)?;
+        let settings = Settings::parse(&layers)
+            .with_context(named)
+            .or_exit(Exit::BadInput)?;
+        Overrides::of(&settings)
+            .injector(&written.injector)
+            .with_context(named)
+            .or_exit(Exit::BadInput)
+    }
+
     /// The injector with the operator's settings, as `malha serve` would make it.
     pub(super) fn injector(&self) -> Result<Injector, Failure> {
         let file = self.injector_config.iter();
@@ -62,7 +112,9 @@ impl MeshArgs {
                 .iter()
                 .flat_map(|document| workload::templates(&document.value))
             {
-                let name = template.namespace.unwrap_or_else(|| self.namespace.clone());
+                let name = template
+                    .namespace
+                    .unwrap_or_else(|| self.namespace().to_owned());
                 if !namespaces
                     .iter()
                     .any(|known: &NamespaceFacts| known.name == name)
@@ -76,7 +128,7 @@ impl MeshArgs {
         }
         Ok(Surroundings {
             namespaces,
-            default_namespace: self.namespace.clone(),
+            default_namespace: self.namespace().to_owned(),
             oldest_kubelet: self.oldest_kubelet,
         })
     }
@@ -96,7 +148,11 @@ fn namespaces_in(object: &Value, found: &mut Vec<NamespaceFacts>) -> anyhow::Res
     Ok(())
 }
 
-fn namespace_facts(object: &Value) -> anyhow::Result<NamespaceFacts> {
+/// What selection asks of a Namespace.
+///
+/// # Errors
+/// A label that is not text.
+pub(super) fn namespace_facts(object: &Value) -> anyhow::Result<NamespaceFacts> {
     let name = object["metadata"]["name"]
         .as_str()
         .context("a Namespace without metadata.name")?;
@@ -155,7 +211,7 @@ fn parse_labels(text: &str) -> Result<Labels, String> {
 }
 
 /// `1.33`, `v1.33.2`: the minor.
-fn parse_kubelet(text: &str) -> Result<u32, String> {
+pub(super) fn parse_kubelet(text: &str) -> Result<u32, String> {
     let wrong = || format!("{text:?} is not a version such as 1.33");
     let rest = text
         .strip_prefix('v')

@@ -17,6 +17,9 @@ use super::{
 };
 use crate::runtime::clock;
 
+/// Where a replica tells about its proxies.
+pub(super) const PATH: &str = "/v1/proxies";
+
 /// Show the proxies: identity, certificate, and whether each took its configuration.
 ///
 /// Asks every ready replica of the control plane, by port-forward to its port 15016, and lists the pods with a sidecar
@@ -202,7 +205,7 @@ impl Scope {
 
 async fn learn(args: &Args) -> Result<Learnt, Failure> {
     if let Some(address) = &args.address {
-        let said = ControlPlane::Address(address).ask("/v1/proxies").await;
+        let said = ControlPlane::Address(address).ask(PATH).await;
         let report = Report::of(said, &[])?;
         return Ok(Learnt {
             report,
@@ -212,7 +215,7 @@ async fn learn(args: &Args) -> Result<Learnt, Failure> {
     let cluster = args.control_plane.cluster.connect().await?;
     let scope = args.scope.of(Some(cluster.namespace()));
     let plane = ControlPlane::find(&cluster, &args.control_plane.system_namespace).await?;
-    let (said, pods) = tokio::join!(plane.ask("/v1/proxies"), cluster.pods(scope.as_deref()));
+    let (said, pods) = tokio::join!(plane.ask(PATH), cluster.pods(scope.as_deref()));
     let pods = pods.or_exit(Exit::Unreachable)?;
     let meshed: Vec<_> = pods
         .iter()

@@ -20,6 +20,11 @@ pub(super) struct SettingsArgs {
 }
 
 impl SettingsArgs {
+    /// Whether a settings file is named.
+    pub(super) fn is_given(&self) -> bool {
+        self.config.is_some()
+    }
+
     /// What the control plane would run with: these flags, the environment, the file, the defaults.
     pub(super) fn read(&self, flags: BTreeMap<String, String>) -> Result<Settings, Failure> {
         let layers = Layers {

@@ -3,6 +3,7 @@
 use super::{
     Injector, NamespaceFacts, Owner, PodError, Reason, Verdict, Warning,
     annotations::shown,
+    capture::Capture,
     gates::{self, Candidate, Gate as Asked},
     judge::Judgement,
     pod::PodView,
@@ -39,6 +40,8 @@ pub struct Explanation {
     pub warnings: Vec<Warning>,
     /// What follows for the pod's traffic.
     pub notes: Vec<String>,
+    /// What of the pod's traffic would be captured, where a sidecar would be added.
+    pub capture: Option<Capture>,
 }
 
 /// Explains what happens to a pod, or to the pods of `owner`'s template, in this namespace.
@@ -55,6 +58,7 @@ pub fn explain(
     let answer = injector.rehearse(pod, namespace, oldest_kubelet, owner)?;
     let view = PodView::parse(pod)?;
     let reason = answer.verdict.reason();
+    let (notes, capture) = traffic(injector, &view, namespace, oldest_kubelet);
     Ok(Explanation {
         gates: walk(injector, &view, namespace, oldest_kubelet),
         reason,
@@ -63,7 +67,8 @@ pub fn explain(
             Verdict::Patch(_) | Verdict::Skip(_) => None,
         },
         fix: reason.fix(),
-        notes: notes(injector, &view, namespace, oldest_kubelet),
+        notes,
+        capture,
         warnings: answer.warnings,
     })
 }
@@ -213,20 +218,20 @@ fn annotations(injector: &Injector, candidate: &Candidate<'_, '_>) -> Gate {
     }
 }
 
-/// What an injected pod's author may not expect.
-fn notes(
+/// What an injected pod's author may not expect, and what is captured.
+fn traffic(
     injector: &Injector,
     pod: &PodView<'_>,
     namespace: &NamespaceFacts,
     oldest_kubelet: Option<u32>,
-) -> Vec<String> {
+) -> (Vec<String>, Option<Capture>) {
     let call = super::Call {
         entry: select::Entry::Namespace,
         namespace: &namespace.name,
         oldest_kubelet,
     };
     let Ok(Judgement::First(accepted)) = injector.judge(pod, &call, &mut Vec::new()) else {
-        return Vec::new();
+        return (Vec::new(), None);
     };
     let capture = &accepted.wishes.capture;
     let mut notes = vec![match accepted.native {
@@ -256,5 +261,5 @@ fn notes(
             ports.join(", ")
         ));
     }
-    notes
+    (notes, Some(capture.clone()))
 }

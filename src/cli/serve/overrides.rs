@@ -72,7 +72,8 @@ impl Overrides {
             .with_context(|| format!("cannot read the injector settings {}", path.display()))
     }
 
-    fn injector(&self, text: &str) -> anyhow::Result<Injector> {
+    /// The injector with this text as the document.
+    pub(in crate::cli) fn injector(&self, text: &str) -> anyhow::Result<Injector> {
         let mut settings = InjectSettings::merged(text).with_context(|| {
             let path = self.path.as_deref().map(|path| path.display().to_string());
             format!("injector settings {}", path.unwrap_or_default())
