@@ -11,6 +11,7 @@ mod cluster;
 mod completions;
 mod config;
 mod documents;
+mod edges;
 mod exit;
 mod explain;
 mod inject;
@@ -70,6 +71,7 @@ enum Verb {
     Explain(explain::Args),
     Ps(ps::Args),
     Config(config::Args),
+    Edges(edges::Args),
     Cert(cert::Args),
     Ca(ca::Args),
     Token(token::Args),
@@ -86,6 +88,7 @@ impl Verb {
             Self::Explain(args) => explain::run(args, terminal),
             Self::Ps(args) => ps::run(args, terminal),
             Self::Config(args) => config::run(args, terminal),
+            Self::Edges(args) => edges::run(args, terminal),
             Self::Cert(args) => cert::run(args, terminal),
             Self::Ca(args) => ca::run(args, terminal),
             Self::Token(args) => token::run(args, terminal),

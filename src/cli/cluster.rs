@@ -22,7 +22,10 @@ use tokio::{io::AsyncReadExt as _, net::TcpStream, time::timeout};
 
 use self::loopback::get;
 use super::{Exit, Failure, exit::OrExit as _};
-use crate::k8s::{self, Access, ApiError};
+use crate::{
+    inject::capture::AGENT_PORT,
+    k8s::{self, Access, ApiError},
+};
 
 /// What is told about proxies, on loopback of each control-plane pod.
 const QUESTIONS_PORT: u16 = 15016;
@@ -224,6 +227,17 @@ impl Cluster {
             Some(told) => Err(anyhow!("port {port} of pod {pod}: {}", told.trim())),
             None => answer.with_context(|| format!("port {port} of pod {pod}")),
         }
+    }
+
+    /// The metrics of a pod's agent, through the API server's proxy.
+    pub(super) async fn metrics(&self, pod: &PodName) -> anyhow::Result<String> {
+        let PodName { namespace, name } = pod;
+        let path = format!(
+            "/api/v1/namespaces/{namespace}/pods/{name}:{AGENT_PORT}/proxy/stats/prometheus"
+        );
+        let request = hyper::Request::get(path).body(Vec::new())?;
+        let text = ask(self.client.request_text(request)).await;
+        text.with_context(|| format!("cannot read the metrics of pod {pod}"))
     }
 
     /// What a command in a pod's sidecar prints.

@@ -77,7 +77,8 @@ struct Scene {
     found: Vec<Found>,
     injector: Injector,
     surroundings: Surroundings,
-    rules: Rules,
+    /// `None` where nothing may be said about ports.
+    rules: Option<Rules>,
     certificates: BTreeMap<(String, String), Timestamp>,
     /// The objects are a cluster's.
     live: bool,
@@ -120,7 +121,7 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
             "the input holds no pod and no workload with a pod template"
         )));
     }
-    for finding in &scene.rules.findings {
+    for finding in scene.rules.iter().flat_map(|rules| &rules.findings) {
         terminal.note(&format!("warning: {finding}"));
     }
     match args.output {
@@ -165,7 +166,7 @@ impl Scene {
             found: documents.into_iter().map(found).collect(),
             injector,
             surroundings,
-            rules,
+            rules: Some(rules).filter(|rules| !rules.silent),
             certificates: BTreeMap::new(),
             live: false,
         })
@@ -183,7 +184,9 @@ impl Scene {
         Ok(Self {
             found: live.objects.into_iter().map(found).collect(),
             injector: args.mesh.injector_of(live.written.as_ref())?,
-            rules: Rules::of(&live.rules, &namespace, &args.place.system_namespace),
+            rules: live
+                .rules
+                .map(|rules| Rules::of(&rules, &namespace, &args.place.system_namespace)),
             surroundings: Surroundings {
                 namespaces: vec![live.namespace],
                 default_namespace: namespace,
@@ -270,10 +273,10 @@ impl Scene {
             );
             subject.certificate = self.certificates.get(&name).copied();
         }
-        if self.live || !self.rules.silent {
+        if let Some(rules) = &self.rules {
             let would_be = || subject.way.capture.as_ref().map(Captured::of);
             let captured = Captured::by_init(pod).or_else(would_be);
-            subject.inbound = captured.and_then(|captured| self.rules.inbound(&typed, captured));
+            subject.inbound = captured.and_then(|captured| rules.inbound(&typed, captured));
         }
     }
 }

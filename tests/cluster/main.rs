@@ -16,6 +16,7 @@ mod journal;
 mod lease;
 mod manifests;
 mod node;
+mod operator;
 mod outage;
 mod pods;
 mod programs_build;

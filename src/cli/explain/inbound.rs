@@ -11,11 +11,12 @@ use k8s_openapi::{
 use serde_json::{Value, json};
 
 use crate::{
-    inject::capture::{Capture, Include},
+    inject::capture::Capture,
     mesh::{
         Event, Mode, ObjectName, ObjectRef, World, istio, kubernetes,
         modes::{self, Policies},
     },
+    redirect::Include,
 };
 
 /// Port 0 is nobody's: what holds for it holds for every port that no object names.

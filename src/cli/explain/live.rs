@@ -125,8 +125,8 @@ pub(super) struct Live {
     pub(super) objects: Vec<Value>,
     /// The namespace they are in.
     pub(super) namespace: NamespaceFacts,
-    /// PeerAuthentications and Services that bear on them.
-    pub(super) rules: Vec<Value>,
+    /// PeerAuthentications and Services that bear on them; `None` where they may not be read.
+    pub(super) rules: Option<Vec<Value>>,
     /// The oldest kubelet's minor version.
     pub(super) oldest_kubelet: Option<u32>,
     /// The control plane's settings.
@@ -148,21 +148,18 @@ pub(super) async fn look(
         Kind::Namespace => target.name.clone(),
         _ => namespace.unwrap_or(cluster.namespace()).to_owned(),
     };
+    let facts = namespace_of(&cluster, &namespace).await?;
     let objects = objects(&cluster, &namespace, target).await?;
     let mut notes = Vec::new();
-    let facts = namespace_of(&cluster, &namespace).await?;
     let nodes = ApiResource::erase::<Node>(&());
     let (rules, nodes, written) = tokio::join!(
         rules(&cluster, &namespace, &place.system_namespace),
         cluster.objects(&nodes, None),
         settings(&cluster, &place.system_namespace),
     );
-    let rules = rules.unwrap_or_else(|why| {
-        notes.push(format!(
-            "policies and Services are left out: {}",
-            whole(&why)
-        ));
-        Vec::new()
+    let rules = rules.map(Some).unwrap_or_else(|why| {
+        notes.push(format!("what ports accept is left out: {}", whole(&why)));
+        None
     });
     let oldest_kubelet = nodes.map_or_else(
         |why| {
