@@ -147,7 +147,7 @@ rig: needs-go needs-envoy
 	@tests/support/envoy >/dev/null
 endif
 
-.PHONY: lint fmt doc deny golden proto
+.PHONY: lint fmt doc deny golden crds proto
 lint: needs-rust ## Format, clippy and documentation without a warning
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -Dwarnings
@@ -170,6 +170,9 @@ deny: needs-rust ## Check every crate's licence, source, doubles and known fault
 
 golden: needs-rust ## Write the golden files anew; read the difference like code
 	SNAPSHOTS=overwrite TRYCMD=overwrite $(CARGO) test --locked --lib --test it $(ARGS)
+
+crds: needs-rust ## Write manifests/crds anew from src/mesh/crd.rs
+	$(CARGO) run --locked --quiet --example crds
 
 proto: needs-rust ## Write src/proto anew from proto/
 	$(CARGO) run --locked --quiet --example proto

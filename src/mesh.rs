@@ -4,6 +4,7 @@
 //!
 //! Nothing here knows Envoy. Names are compared as types; no string is joined and split again.
 
+pub mod crd;
 pub mod istio;
 pub mod kubernetes;
 pub mod modes;

@@ -124,6 +124,14 @@ fn nothing_sets_a_ca_bundle() {
 }
 
 #[test]
+fn the_crds_are_what_make_crds_writes() {
+    let written: Value = serde_saphyr::from_str(&read("manifests/crds/peerauthentications.yaml"))
+        .expect("a manifest");
+    let made = serde_json::to_value(malha::mesh::crd::peer_authentication()).expect("JSON");
+    assert_eq!(written, made, "run `make crds`");
+}
+
+#[test]
 fn nobody_is_granted_more_than_is_called() {
     for role in ["ClusterRole", "Role"].into_iter().flat_map(all_of) {
         let name = text(&role, "/metadata/name").to_owned();
