@@ -36,6 +36,10 @@ pub struct Settings {
     pub ca_addr: SocketAddr,
     /// Where health and metrics are told, in plain HTTP.
     pub admin_addr: SocketAddr,
+    /// Where the CLI's questions are answered, in plain HTTP: on loopback only.
+    pub query_addr: SocketAddr,
+    /// The cluster's DNS domain.
+    pub cluster_domain: String,
     /// The operator's overrides of what is injected.
     pub injector_config: Option<PathBuf>,
     /// Audiences of which a token must name one, exactly.
@@ -119,6 +123,18 @@ pub const KEYS: &[Key] = &[
         "ADDR",
         "0.0.0.0:15014",
         "Where /livez, /readyz and /metrics answer (HTTP)",
+    ),
+    key(
+        "query-addr",
+        "ADDR",
+        "127.0.0.1:15016",
+        "Where `malha ps` and `malha config` ask (HTTP, loopback only)",
+    ),
+    key(
+        "cluster-domain",
+        "NAME",
+        "cluster.local",
+        "DNS domain of the cluster's Services",
     ),
     key(
         "injector-config",
@@ -355,6 +371,16 @@ impl Settings {
             webhook_addr: layers.parsed("webhook-addr", ADDR)?,
             ca_addr: layers.parsed("ca-addr", ADDR)?,
             admin_addr: layers.parsed("admin-addr", ADDR)?,
+            query_addr: layers.parsed_with(
+                "query-addr",
+                "a loopback IP and a port, such as 127.0.0.1:15016 or [::1]:15016",
+                parse_loopback,
+            )?,
+            cluster_domain: layers.parsed_with(
+                "cluster-domain",
+                "a DNS name such as cluster.local",
+                parse_domain,
+            )?,
             injector_config: layers.parsed_with("injector-config", "a file's path", |text| {
                 Ok(Some(text)
                     .filter(|text| !text.is_empty())
@@ -437,6 +463,23 @@ fn parse_label(text: &str) -> Result<String, String> {
         }
         _ => Ok(text.to_owned()),
     }
+}
+
+/// What answers there tells who is connected and what each is told.
+fn parse_loopback(text: &str) -> Result<SocketAddr, String> {
+    let addr: SocketAddr = text
+        .parse()
+        .map_err(|e: std::net::AddrParseError| e.to_string())?;
+    match addr.ip().is_loopback() {
+        true => Ok(addr),
+        false => Err("is not a loopback address".to_owned()),
+    }
+}
+
+fn parse_domain(text: &str) -> Result<String, String> {
+    text.split('.')
+        .try_for_each(|label| parse_label(label).map(drop))?;
+    Ok(text.to_owned())
 }
 
 fn parse_list(text: &str) -> Result<Vec<String>, String> {

@@ -6,6 +6,8 @@
 //! custody    -> journal  -> Secret `malha-ca`          (compare-and-swap on resourceVersion)
 //! authority  -> ca_bundle -> webhook configurations    (one field, by the leader)
 //! world      -> pods     -> Events, gauge              (which pods run without a sidecar, and why)
+//! API server -> mesh     -> Batch                      (what proxies are told of)
+//! outcomes   -> conditions -> status of users' objects, Events
 //! lease      -> Claim                                  (who acts)
 //! ```
 //!
@@ -13,10 +15,12 @@
 //! for with growing pauses and is never a reason to end the process.
 
 pub mod ca_bundle;
+pub mod conditions;
 pub mod events;
 mod follow;
 pub mod journal;
 pub mod lease;
+pub mod mesh;
 pub mod pods;
 pub mod tokens;
 pub mod world;

@@ -43,6 +43,8 @@ pub mod webhook;
 #[cfg(feature = "controller")]
 pub mod signing;
 #[cfg(feature = "controller")]
+pub mod ads;
+#[cfg(feature = "controller")]
 pub mod custody;
 #[cfg(feature = "controller")]
 pub mod k8s;

@@ -6,6 +6,7 @@
 //!            bundle.pem     0644  the trust bundle, for curl --cacert
 //!            lock           0600  held while one of these files is replaced
 //!            serve.lock     0600  held by the process that serves
+//!            mesh/*.yaml          Services, EndpointSlices, Pods, Namespaces, PeerAuthentications -> proxies
 //! ```
 //!
 //! Any number of processes may share a directory (a server, `malha token`, `malha ca rotate`): a file is replaced as a
@@ -14,6 +15,7 @@
 mod directory;
 mod files;
 mod journal;
+pub mod mesh;
 mod tokens;
 
 use std::{io, path::PathBuf};

@@ -185,6 +185,7 @@ impl Server {
                 "--webhook-addr=127.0.0.1:0",
                 "--ca-addr=127.0.0.1:0",
                 "--admin-addr=127.0.0.1:0",
+                "--query-addr=127.0.0.1:0",
             ])
             .arg("--standalone")
             .arg(directory)

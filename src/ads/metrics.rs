@@ -56,8 +56,8 @@ impl Default for Metrics {
         };
         for kind in Kind::ALL {
             // an alert on an increase needs a zero to increase from
-            metrics.nacks.get_or_create(&of(kind));
-            metrics.sent_bytes.get_or_create(&of(kind));
+            let _ = metrics.nacks.get_or_create(&of(kind));
+            let _ = metrics.sent_bytes.get_or_create(&of(kind));
         }
         metrics
     }
@@ -117,13 +117,21 @@ impl Metrics {
         self.refused.get_or_create(&Why { reason }).inc();
     }
 
-    pub(super) fn pushed(&self, kind: Kind, took: Option<Duration>, bytes: usize, resources: usize) {
+    pub(super) fn pushed(
+        &self,
+        kind: Kind,
+        took: Option<Duration>,
+        bytes: usize,
+        resources: usize,
+    ) {
         let of = of(kind);
         if let Some(took) = took {
             self.pushes.get_or_create(&of).observe(took.as_secs_f64());
         }
         self.sent_bytes.get_or_create(&of).inc_by(bytes as u64);
-        self.sent_resources.get_or_create(&of).inc_by(resources as u64);
+        self.sent_resources
+            .get_or_create(&of)
+            .inc_by(resources as u64);
     }
 
     pub(super) fn converged(&self, kind: Kind, took: Duration) {

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
+use envoy_types::pb::google::protobuf::{Struct, value};
 
 use crate::xds::{
     Kind,
@@ -44,10 +45,12 @@ pub(super) struct Error {
 pub(super) struct Node {
     #[prost(string, tag = "1")]
     pub(super) id: String,
+    #[prost(message, optional, tag = "3")]
+    metadata: Option<Struct>,
     #[prost(string, tag = "6")]
-    pub(super) agent: String,
+    user_agent: String,
     #[prost(string, tag = "7")]
-    agent_version: String,
+    user_agent_version: String,
     #[prost(message, optional, tag = "8")]
     build: Option<Build>,
 }
@@ -72,13 +75,43 @@ struct Version {
 
 impl Node {
     /// What is connected, by its own word: for people, nothing is decided by it.
-    pub(super) fn version(&self) -> String {
+    pub(super) fn program(&self) -> Program {
+        match self.agent() {
+            Some(version) => Program::Agent(short(version)),
+            None if self.user_agent == "envoy" => Program::Envoy(self.version()),
+            None => Program::Other(short(&self.user_agent)),
+        }
+    }
+
+    fn agent(&self) -> Option<&str> {
+        match &self.metadata.as_ref()?.fields.get("malha.io/agent")?.kind {
+            Some(value::Kind::StringValue(version)) => Some(version),
+            _ => None,
+        }
+    }
+
+    fn version(&self) -> String {
         let build = self.build.as_ref().and_then(|build| build.version.as_ref());
         match build {
             Some(it) => format!("{}.{}.{}", it.major, it.minor, it.patch),
-            None => self.agent_version.chars().take(64).collect(),
+            None => short(&self.user_agent_version),
         }
     }
+}
+
+/// A client, with its version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Program {
+    /// The proxy.
+    Envoy(String),
+    /// Our agent beside it.
+    Agent(String),
+    /// Somebody else, with its name.
+    Other(String),
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(64).collect()
 }
 
 /// `DeltaDiscoveryResponse`.
@@ -142,8 +175,8 @@ mod tests {
     use envoy_types::pb::{
         envoy::{
             config::core::v3 as core,
-            r#type::v3::SemanticVersion,
             service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse},
+            r#type::v3::SemanticVersion,
         },
         google::rpc,
     };
@@ -185,11 +218,20 @@ mod tests {
         };
         let ours = Request::decode(theirs.encode_to_vec().as_slice()).expect("readable");
         let node = ours.node.expect("a node");
-        assert_eq!((&*node.id, &*node.agent, &*node.version()), ("web.shop", "envoy", "1.40.0"));
+        assert_eq!(
+            (&*node.id, node.program()),
+            ("web.shop", Program::Envoy("1.40.0".to_owned()))
+        );
         assert_eq!(ours.type_url, Kind::Cluster.type_url());
-        assert_eq!((ours.subscribe, ours.unsubscribe), (vec!["a".to_owned()], vec!["b".to_owned()]));
+        assert_eq!(
+            (ours.subscribe, ours.unsubscribe),
+            (vec!["a".to_owned()], vec!["b".to_owned()])
+        );
         assert_eq!(ours.held.get("c").map(String::as_str), Some("1"));
-        assert_eq!((&*ours.nonce, &*ours.error.expect("an error").message), ("7", "no"));
+        assert_eq!(
+            (&*ours.nonce, &*ours.error.expect("an error").message),
+            ("7", "no")
+        );
     }
 
     #[test]
@@ -208,10 +250,19 @@ mod tests {
         let bytes = Response::of(&push).encode_to_vec();
         let theirs = DeltaDiscoveryResponse::decode(bytes.as_slice()).expect("readable");
         assert_eq!(theirs.type_url, Kind::Endpoints.type_url());
-        assert_eq!((&*theirs.nonce, theirs.removed_resources), ("1a", vec!["b".to_owned()]));
+        assert_eq!(
+            (&*theirs.nonce, theirs.removed_resources),
+            ("1a", vec!["b".to_owned()])
+        );
         let resource = &theirs.resources[0];
-        assert_eq!((&*resource.name, &*resource.version), ("a", "00000000000000ff"));
+        assert_eq!(
+            (&*resource.name, &*resource.version),
+            ("a", "00000000000000ff")
+        );
         let any = resource.resource.as_ref().expect("a body");
-        assert_eq!((&*any.type_url, &*any.value), (Kind::Endpoints.type_url(), &b"body"[..]));
+        assert_eq!(
+            (&*any.type_url, &*any.value),
+            (Kind::Endpoints.type_url(), &b"body"[..])
+        );
     }
 }

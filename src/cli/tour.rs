@@ -105,6 +105,7 @@ fn serve_args(args: &Args) -> Result<serve::Args, Failure> {
             "--webhook-addr=127.0.0.1:0",
             "--ca-addr=127.0.0.1:0",
             "--admin-addr=127.0.0.1:0",
+            "--query-addr=127.0.0.1:0",
         ];
         words.extend(flags.map(OsStr::new));
     }

@@ -357,7 +357,7 @@ fn key<K: Resource<DynamicType = ()>>(object: &K) -> Option<(String, String)> {
 }
 
 /// One line for an outage, however long it lasts.
-fn complain(kind: &str, error: &watcher::Error, first: bool) {
+pub(super) fn complain(kind: &str, error: &watcher::Error, first: bool) {
     let error = match error {
         watcher::Error::InitialListFailed(cause)
         | watcher::Error::WatchStartFailed(cause)

@@ -22,7 +22,7 @@ use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use prost::Message;
 
 use super::{Kind, Resource};
-use crate::mesh::ObjectRef;
+use crate::mesh::{ObjectName, ObjectRef};
 
 #[cfg(test)]
 mod tests;
@@ -169,6 +169,17 @@ pub enum State {
     Pending,
     /// It refused something that has not changed since.
     Rejected,
+}
+
+/// What became of a user's object in the proxies that are told of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Proxies in which it is in effect.
+    pub acked: usize,
+    /// Proxies that have not answered yet.
+    pub pending: usize,
+    /// Proxies that refused it, and in which words.
+    pub refused: BTreeMap<ObjectName, Arc<str>>,
 }
 
 /// One stream's subscriptions.
@@ -391,6 +402,13 @@ impl Session {
             .get(&kind)
             .into_iter()
             .flat_map(Subscription::held)
+    }
+
+    /// Names that are asked for.
+    pub fn subscribed(&self, kind: Kind) -> impl Iterator<Item = &Arc<str>> {
+        let entries = self.kinds.get(&kind).map(|it| it.entries.iter());
+        let asked = entries.into_iter().flatten();
+        asked.filter_map(|(name, entry)| entry.subscribed.then_some(name))
     }
 
     /// The users' objects of which something was sent here, and whether it is in effect, on its way, or refused (with
@@ -787,8 +805,8 @@ fn nobody(name: &Arc<str>) -> Arc<Resource> {
     })
 }
 
-/// FNV-1a: the same in every process, and nobody gains by a collision with an empty assignment.
-fn content_hash(body: &[u8]) -> u64 {
+/// A version of something small: FNV-1a, the same in every process.
+pub fn content_hash(body: &[u8]) -> u64 {
     body.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })

@@ -356,6 +356,8 @@ fn a_busy_port_is_named_with_a_way_out() {
         "127.0.0.1:0",
         "--admin-addr",
         "127.0.0.1:0",
+        "--query-addr",
+        "127.0.0.1:0",
         "--standalone",
     ];
     let output = command(args).arg(&mesh).output().expect("malha runs");

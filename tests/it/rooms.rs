@@ -9,6 +9,7 @@ const CORE: &[&str] = &[
 /// Messages of others' protocols, sent and received by adapters; the core has types of its own.
 const DATA: &[&str] = &["proto"];
 const ADAPTERS: &[&str] = &[
+    "ads",
     "agent",
     "custody",
     "k8s",

@@ -82,7 +82,12 @@ impl Drop for Guard {
 
 fn arguments(state: &str) -> Vec<&str> {
     let mut args = vec!["serve", "--standalone", state];
-    for addr in ["--webhook-addr", "--ca-addr", "--admin-addr"] {
+    for addr in [
+        "--webhook-addr",
+        "--ca-addr",
+        "--admin-addr",
+        "--query-addr",
+    ] {
         args.extend([addr, "127.0.0.1:0"]);
     }
     args
@@ -358,6 +363,7 @@ fn a_port_that_is_taken_ends_the_process_with_what_to_look_at() {
     let mut args = vec!["serve", "--standalone", path.to_str().expect("UTF-8")];
     args.extend(["--webhook-addr", &taken]);
     args.extend(["--ca-addr", "127.0.0.1:0", "--admin-addr", "127.0.0.1:0"]);
+    args.extend(["--query-addr", "127.0.0.1:0"]);
     let mut program = Program::malha(&args);
     assert!(!program.wait(PATIENCE).success());
     program.wait_for(

@@ -22,9 +22,9 @@ use crate::{
     k8s::{
         self, Access,
         ca_bundle::{self, Keeper, Live, Targets},
-        events,
+        conditions, events,
         lease::{self, Candidate},
-        pods,
+        mesh, pods,
         tokens::{ClusterTokens, Options, Validation},
         world::{self, World},
     },
@@ -78,6 +78,14 @@ pub(super) async fn serve(
     let (notes, writing) =
         events::write(client.clone(), clock.clone(), replica.clone(), stop.clone());
     plane.tasks.own("events", writing);
+    let policies = mesh::Policies::new();
+    let telling = mesh::follow(
+        client.clone(),
+        plane.feed.clone(),
+        policies.clone(),
+        stop.clone(),
+    );
+    plane.tasks.own("mesh watches", telling);
     let candidate = Candidate {
         namespace: namespace.clone(),
         name: "malha-leader".to_owned(),
@@ -91,6 +99,20 @@ pub(super) async fn serve(
         stop.clone(),
     );
     plane.tasks.own("lease", holding);
+
+    let hub = plane.hub.clone();
+    let judging = conditions::keep(conditions::Watch {
+        client: client.clone(),
+        policies,
+        progress: hub.progress(),
+        outcomes: move || hub.outcomes(),
+        claim: claim.clone(),
+        notes: notes.clone(),
+        replica: replica.clone(),
+        clock: clock.clone(),
+        stop: stop.clone(),
+    });
+    plane.tasks.own("conditions", judging);
 
     let home = ca::secret_home(client.clone(), &namespace);
     if !until_clock_is_sane(&world, &stop).await {

@@ -18,7 +18,7 @@ use crate::{
     custody::CustodyError,
     inject::{ClusterFacts, NamespaceFacts},
     runtime::readiness::{Readiness, State},
-    standalone::{AUDIENCE, Directory, FileHome, LocalTokens},
+    standalone::{AUDIENCE, Directory, FileHome, LocalTokens, mesh},
 };
 
 /// Loopback only, no load balancer to drain for, and no pods that a token could be bound to.
@@ -53,9 +53,13 @@ pub(super) async fn serve(
     directory
         .write_bundle(custody.authority().bundle())
         .or_exit(Exit::Internal)?;
+    plane.tasks.own(
+        "trust bundle",
+        directory.clone().keep_bundle(custody.watch(), stop.clone()),
+    );
     plane
         .tasks
-        .own("trust bundle", directory.keep_bundle(custody.watch(), stop));
+        .own("mesh", mesh::follow(directory, plane.feed.clone(), stop));
     let (addresses, readiness) = (plane.addresses(), plane.readiness.clone());
     let names = ["localhost", "malha.malha-system.svc"].map(str::to_owned);
     let (_leads_alone, leads) = watch::channel(true);
@@ -154,14 +158,17 @@ impl<'a> Announced<'a> {
         let malha = std::env::args()
             .next()
             .unwrap_or_else(|| "malha".to_owned());
-        let (directory, Addresses { webhook, ca, admin }) =
-            (self.directory.display(), self.addresses);
+        let (directory, addresses) = (self.directory.display(), self.addresses);
+        let Addresses {
+            webhook, ca, admin, ..
+        } = addresses;
         let mut text = format!(
             "malha serves from {directory}; Ctrl-C ends it
   webhook       https://localhost:{}
   certificates  https://localhost:{}
   health        http://{admin}
-  trust bundle  {directory}/bundle.pem",
+  trust bundle  {directory}/bundle.pem
+  manifests     {directory}/mesh/*.yaml, for proxies",
             webhook.port(),
             ca.port(),
         );

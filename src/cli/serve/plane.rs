@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use prometheus_client::registry::Registry;
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ use super::{
     whole,
 };
 use crate::{
+    ads::{self, Hub},
     ca::{
         Authority, KeyedChain, journal::JournalHome, profile::Profile, rotation::CLOCK_TOLERANCE,
     },
@@ -28,6 +29,7 @@ use crate::{
     custody::{self, Custody, CustodyError},
     identity::SpiffeId,
     inject::{ClusterFacts, Injector},
+    mesh::Batch,
     runtime::{
         self, admin,
         readiness::{Gate, Readiness},
@@ -36,6 +38,7 @@ use crate::{
     signing::{self, Audit, Signing},
     tls::{self, Alpn, Bound, ClientTrust, Limits, ServingCertificate},
     webhook::{self, Webhook},
+    xds::{self, Catalogue},
 };
 
 /// A process that has its ports and answers on the admin port; its journal is not open yet.
@@ -47,11 +50,16 @@ pub(super) struct Plane {
     pub(super) readiness: Readiness,
     signing_gate: signing::Gate,
     pub(super) injector: Arc<ArcSwap<Injector>>,
+    /// Who tells proxies, and where the mesh is told to it.
+    pub(super) hub: Arc<Hub>,
+    pub(super) feed: mpsc::Sender<Batch>,
+    fed: mpsc::Receiver<Batch>,
     gates: Gates,
     overrides: Overrides,
     webhook: Port,
     ca: Port,
     admin: SocketAddr,
+    query: Bound,
     metrics: Metrics,
 }
 
@@ -59,6 +67,7 @@ pub(super) struct Plane {
 /// between.
 struct Gates {
     journal: Gate,
+    mesh: Gate,
     webhook: Gate,
     ca: Gate,
 }
@@ -95,6 +104,7 @@ pub(super) struct Addresses {
     pub(super) webhook: SocketAddr,
     pub(super) ca: SocketAddr,
     pub(super) admin: SocketAddr,
+    pub(super) query: SocketAddr,
 }
 
 /// What the rooms count, known to the scraper from the first moment on.
@@ -104,6 +114,7 @@ struct Metrics {
     webhook: webhook::Metrics,
     signing: signing::Metrics,
     custody: custody::Metrics,
+    ads: ads::Metrics,
 }
 
 /// Two connections of each of 8,000 pods: its agent's and its proxy's. One costs its buffers, some 40 KiB in use.
@@ -143,6 +154,10 @@ impl Plane {
             connections: 100,
             ..Limits::default()
         };
+        let query = Bound::plain(settings.query_addr, few.clone())
+            .await
+            .or_exit(Exit::Internal)?
+            .counted(&metrics.listeners, "query");
         let admin = Bound::plain(settings.admin_addr, few)
             .await
             .or_exit(Exit::Internal)?
@@ -155,6 +170,7 @@ impl Plane {
         let readiness = Readiness::new(stop.clone());
         let gates = Gates {
             journal: readiness.gate("CA journal"),
+            mesh: readiness.gate("first lists of the mesh"),
             webhook: readiness.gate("webhook listener"),
             ca: readiness.gate("CA listener"),
         };
@@ -162,9 +178,27 @@ impl Plane {
         // It answers until it is dropped: while the others drain, probes still want to know.
         let app = admin::router(readiness.clone(), Arc::new(registry));
         tasks.attend("admin", admin.serve(app, CancellationToken::new()));
+        let catalogue = Catalogue::new(xds::Settings {
+            trust_domain: settings.trust_domain.clone(),
+            root_namespace: settings.namespace.as_str().into(),
+            cluster_domain: settings.cluster_domain.as_str().into(),
+        });
+        let hub = Hub::new(
+            catalogue,
+            ads::Limits::default(),
+            clock.clone(),
+            metrics.ads.clone(),
+            stop.clone(),
+        );
+        // small: who tells waits while what was told is taken over
+        let (feed, fed) = mpsc::channel(16);
         Ok(Self {
             settings,
             clock,
+            hub,
+            feed,
+            fed,
+            query,
             stop,
             tasks,
             readiness,
@@ -190,6 +224,7 @@ impl Plane {
             webhook: self.webhook.bound.local_addr(),
             ca: self.ca.bound.local_addr(),
             admin: self.admin,
+            query: self.query.local_addr(),
         }
     }
 
@@ -294,9 +329,18 @@ impl Plane {
         self.tasks
             .own("webhook", self.webhook.bound.serve(webhook, stop.clone()));
         // One port for whatever pods ask for: other services merge their routes into these.
-        let signer = signing::router(Arc::new(signing));
+        let signer = signing::router(Arc::new(signing)).merge(ads::router(self.hub.clone()));
         self.tasks
             .own("signer", self.ca.bound.serve(signer, stop.clone()));
+        self.tasks
+            .own("mesh", self.hub.clone().keep(self.fed, custody.watch()));
+        self.tasks.own(
+            "first lists of the mesh",
+            until_whole(self.hub.whole(), self.gates.mesh, stop.clone()),
+        );
+        let questions = ads::questions(self.hub);
+        self.tasks
+            .own("questions", self.query.serve(questions, stop.clone()));
         let jumps = runtime::clock::jumps(self.clock, CLOCK_TOLERANCE);
         let sanity = Sanity {
             jump: jumps.told(),
@@ -403,7 +447,19 @@ impl Metrics {
         self.webhook.register(registry);
         self.signing.register(registry);
         self.custody.register(registry);
+        self.ads.register(registry);
     }
+}
+
+/// Opens the gate when every proxy can be answered.
+async fn until_whole(mut whole: watch::Receiver<bool>, gate: Gate, stop: CancellationToken) {
+    tokio::select! {
+        () = stop.cancelled() => return,
+        told = whole.wait_for(|whole| *whole) => if told.is_ok() {
+            gate.open();
+        },
+    }
+    stop.cancelled().await;
 }
 
 /// Opens the gate when a call through the real listener succeeds, as a client with today's bundle would make it.

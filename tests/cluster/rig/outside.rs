@@ -215,6 +215,7 @@ impl Replica {
             format!("--webhook-addr={wildcard}:{webhook}"),
             format!("--ca-addr={wildcard}:{ca}"),
             format!("--admin-addr=127.0.0.1:{admin}"),
+            "--query-addr=127.0.0.1:0".to_owned(),
         ])
         .env("KUBECONFIG", kubeconfig)
         .env("POD_NAME", &name)
