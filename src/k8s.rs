@@ -21,8 +21,10 @@ mod follow;
 pub mod journal;
 pub mod lease;
 pub mod mesh;
+mod pace;
 pub mod pods;
 pub mod tokens;
+pub mod trust_bundle;
 pub mod world;
 
 use std::{error::Error, fmt, future::Future, path::PathBuf, time::Duration};

@@ -15,7 +15,6 @@
 
 mod drift;
 mod live;
-mod pace;
 
 use std::{fmt::Debug, future::Future, sync::Arc, time::Duration};
 
@@ -46,13 +45,13 @@ pub use self::{drift::FIELD_MANAGER, live::Mismatch};
 use self::{
     drift::{Cause, Drift, Entry, drift},
     live::Configuration,
-    pace::Pace,
 };
 use super::{
     ask,
     events::{Kind, Note, Notes},
     follow::Follow,
     lease::Claim,
+    pace::Pace,
 };
 use crate::ca::bundle::Bundle;
 

@@ -14,7 +14,7 @@ use k8s_openapi::{
     },
 };
 use kube::{
-    Api, Client,
+    Api, Client, ResourceExt,
     api::{ObjectMeta, PartialObjectMeta, PostParams},
 };
 use tokio::sync::watch;
@@ -33,10 +33,14 @@ pub const JOURNAL_KEY: &str = "journal.json";
 /// The Secret's type: nothing else in a cluster reads or writes secrets of this type.
 pub const JOURNAL_TYPE: &str = "malha.io/ca-journal";
 
+/// On what an authority writes into other namespaces: the namespace of its journal.
+pub const AUTHORITY: &str = "malha.io/authority";
+
 /// Where else an earlier life of this authority would have left a trace.
 #[derive(Clone, Debug)]
 pub struct Traces {
-    /// The ConfigMap with the trust bundle, in the journal's namespace.
+    /// The ConfigMap with the trust bundle, in the journal's namespace. One that another authority wrote there
+    /// ([`AUTHORITY`]) is no trace of this one.
     pub config_map: String,
     /// The MutatingWebhookConfiguration whose `caBundle` the authority fills.
     pub webhook: String,
@@ -50,6 +54,7 @@ pub struct SecretHome {
     metadata: Api<PartialObjectMeta<Secret>>,
     config_maps: Api<ConfigMap>,
     webhooks: Api<MutatingWebhookConfiguration>,
+    namespace: String,
     name: String,
     title: String,
     traces: Traces,
@@ -63,6 +68,7 @@ impl SecretHome {
             metadata: Api::namespaced(client.clone(), namespace),
             config_maps: Api::namespaced(client.clone(), namespace),
             webhooks: Api::all(client),
+            namespace: namespace.to_owned(),
             name: name.to_owned(),
             title: format!("Secret {namespace}/{name}"),
             traces,
@@ -201,8 +207,11 @@ impl JournalHome for SecretHome {
     async fn has_earlier_life(&self) -> Result<bool, HomeError> {
         let unreachable = |error| self.unreachable(error);
         let published = ask(self.config_maps.get_metadata_opt(&self.traces.config_map)).await;
-        if published.map_err(unreachable)?.is_some() {
-            return Ok(true);
+        if let Some(published) = published.map_err(unreachable)? {
+            let writer = published.annotations().get(AUTHORITY);
+            if writer.is_none_or(|writer| *writer == self.namespace) {
+                return Ok(true);
+            }
         }
         let webhook = ask(self.webhooks.get_opt(&self.traces.webhook)).await;
         let webhooks = webhook.map_err(unreachable)?.and_then(|it| it.webhooks);

@@ -156,6 +156,12 @@ impl World {
         self.namespaces.get("", name)
     }
 
+    /// Looks at every namespace: its name, and what is known of it.
+    pub fn each_of_the_namespaces(&self, mut look: impl FnMut(&str, &Namespace)) {
+        self.namespaces
+            .each_namespace(|_, all| all.for_each(|(name, facts)| look(name, facts)));
+    }
+
     /// The UID of a service account.
     pub fn find_service_account(&self, namespace: &str, name: &str) -> Option<Arc<str>> {
         self.service_accounts.get(namespace, name)

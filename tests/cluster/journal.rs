@@ -30,10 +30,12 @@ use tokio_util::sync::CancellationToken;
 use crate::rig::{self, Cluster, Setup, eventually};
 
 const SECRET: &str = "malha-ca";
+/// Not the name that control planes of other tests write into every namespace.
+const TRUST: &str = "trust-of-a-journal";
 
 fn home(client: Client, namespace: &str) -> SecretHome {
     let traces = Traces {
-        config_map: "malha-ca-root-cert".to_owned(),
+        config_map: TRUST.to_owned(),
         webhook: format!("injector-{namespace}"),
     };
     SecretHome::new(client, namespace, SECRET, traces)
@@ -209,7 +211,7 @@ async fn a_missing_journal_beside_traces_of_an_earlier_life_is_a_loss() {
     assert!(!home.has_earlier_life().await.expect("readable"));
 
     let config_maps: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
-    let trust = json!({"metadata": {"name": "malha-ca-root-cert"}, "data": {"root-cert.pem": ""}});
+    let trust = json!({"metadata": {"name": TRUST}, "data": {"root-cert.pem": ""}});
     let trust: ConfigMap = serde_json::from_value(trust).expect("a ConfigMap");
     config_maps
         .create(&PostParams::default(), &trust)
@@ -219,7 +221,7 @@ async fn a_missing_journal_beside_traces_of_an_earlier_life_is_a_loss() {
     let lost = try_open(home.clone(), clock::system()).await;
     assert!(matches!(lost, Err(CustodyError::JournalLost)));
     config_maps
-        .delete("malha-ca-root-cert", &DeleteParams::default())
+        .delete(TRUST, &DeleteParams::default())
         .await
         .expect("deleted");
 

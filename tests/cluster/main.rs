@@ -25,4 +25,5 @@ mod rig;
 mod rig_holds;
 mod signing;
 mod tokens;
+mod trust_bundle;
 mod world;

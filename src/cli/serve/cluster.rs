@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use prometheus_client::registry::Registry;
 use tokio::{
     sync::watch,
@@ -19,6 +20,7 @@ use crate::{
     clock::Clock,
     config::{self, Settings},
     custody::{Custody, CustodyError},
+    inject::Injector,
     k8s::{
         self, Access,
         ca_bundle::{self, Keeper, Live, Targets},
@@ -26,6 +28,7 @@ use crate::{
         lease::{self, Candidate},
         mesh, pods,
         tokens::{ClusterTokens, Options, Validation},
+        trust_bundle,
         world::{self, World},
     },
     runtime::readiness::Gate,
@@ -37,6 +40,7 @@ struct Metrics {
     world: world::Metrics,
     lease: lease::Metrics,
     ca_bundle: ca_bundle::Metrics,
+    trust_bundle: trust_bundle::Metrics,
     pods: pods::Metrics,
 }
 
@@ -142,6 +146,19 @@ pub(super) async fn serve(
         stop: stop.clone(),
     });
     plane.tasks.own("caBundle", publishing);
+    let bundling = trust_bundle::keep(trust_bundle::Keeper {
+        client: client.clone(),
+        world: world.clone(),
+        home: namespace.clone(),
+        name: config_map_of(plane.injector.clone()),
+        wanted: custody.watch(),
+        bundle_of: |authority: &Arc<Authority>| authority.bundle().clone(),
+        claim: claim.clone(),
+        notes: notes.clone(),
+        metrics: metrics.trust_bundle,
+        stop: stop.clone(),
+    });
+    plane.tasks.own("trust bundles", bundling);
     let webhook_name = format!("malha.{namespace}.svc");
     let trusted = Trusted {
         live,
@@ -183,6 +200,18 @@ pub(super) async fn serve(
             replica,
         })
         .await
+}
+
+/// What the pods that are injected now will mount.
+fn config_map_of(injector: Arc<ArcSwap<Injector>>) -> Box<dyn Fn() -> String + Send + Sync> {
+    Box::new(move || {
+        let injector = injector.load();
+        let trust = &injector.settings().trust_bundle;
+        match trust.cluster_trust_bundle.is_empty() {
+            true => trust.config_map.clone(),
+            false => String::new(),
+        }
+    })
 }
 
 /// Whether it may be put right while we wait: a Secret that is restored, an API server that comes back. A replica that
@@ -227,6 +256,7 @@ impl Metrics {
         self.world.register(registry);
         self.lease.register(registry);
         self.ca_bundle.register(registry);
+        self.trust_bundle.register(registry);
         self.pods.register(registry);
     }
 }
