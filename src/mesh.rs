@@ -118,8 +118,19 @@ pub struct ServicePort {
     pub name: String,
     /// Its number.
     pub number: u16,
+    /// The port of the pods behind it.
+    pub target: TargetPort,
     /// What is spoken there.
     pub protocol: Protocol,
+}
+
+/// `targetPort`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetPort {
+    /// The same in every pod.
+    Number(u16),
+    /// The name of a port that a pod's containers declare.
+    Name(String),
 }
 
 /// What is spoken on a port: `appProtocol`, else the prefix of the port's name, as Istio reads them.

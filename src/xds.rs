@@ -7,11 +7,26 @@
 
 pub mod delta;
 
+mod catalogue;
+mod cluster;
+mod endpoints;
+mod http;
+mod inbound;
+mod listener;
+mod outbound;
+mod pods;
+mod route;
+mod service;
+mod telemetry;
+mod transport;
+mod wire;
+
 use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 
-use crate::mesh::{Event, ObjectName, ObjectRef, World};
+pub use self::catalogue::Catalogue;
+use crate::mesh::{ObjectName, ObjectRef};
 
 /// Kinds of resources, in the order in which additions are pushed. Removals go the other way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,49 +87,4 @@ pub struct Settings {
     pub root_namespace: Arc<str>,
     /// The cluster's DNS domain, `cluster.local`.
     pub cluster_domain: Arc<str>,
-}
-
-/// Every resource of every proxy, kept up to date with the world. Owned by one task; streams read it under a lock.
-#[derive(Debug)]
-pub struct Catalogue {
-    settings: Settings,
-    world: World,
-}
-
-impl Catalogue {
-    /// Nothing is known yet.
-    pub fn new(settings: Settings) -> Self {
-        Self {
-            settings,
-            world: World::default(),
-        }
-    }
-
-    /// What it was made from.
-    pub fn world(&self) -> &World {
-        &self.world
-    }
-
-    /// What holds for the whole mesh.
-    pub fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    /// Takes changes over; what must be looked at again comes back.
-    pub fn apply(&mut self, events: impl IntoIterator<Item = Event>) -> Touched {
-        for event in events {
-            self.world.apply(event);
-        }
-        Touched::default()
-    }
-
-    /// A resource of a proxy's, as it is now; `None` where there is none of that name for it.
-    pub fn find(&self, _proxy: &ObjectName, _kind: Kind, _name: &str) -> Option<Arc<Resource>> {
-        None
-    }
-
-    /// Everything of one kind that a proxy is told without asking by name (`*`): clusters and listeners.
-    pub fn all(&self, _proxy: &ObjectName, _kind: Kind) -> Vec<Arc<Resource>> {
-        Vec::new()
-    }
 }

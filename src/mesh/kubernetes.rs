@@ -9,12 +9,12 @@ use k8s_openapi::{
         core::v1::{self, Container, Pod},
         discovery::v1::{self as discovery, EndpointSlice},
     },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 
 use super::{
     Address, ContainerPort, Endpoint, ExportTo, Health, Namespace, ObjectName, Protocol, Service,
-    ServicePort, Slice, Workload,
+    ServicePort, Slice, TargetPort, Workload,
 };
 
 /// A namespace.
@@ -148,9 +148,18 @@ fn port(port: &v1::ServicePort) -> Option<ServicePort> {
     let number = u16::try_from(port.port).ok().filter(|&n| n > 0)?;
     let name = port.name.clone().unwrap_or_default();
     let protocol = protocol(port.app_protocol.as_deref(), &name, number);
+    let target = match &port.target_port {
+        Some(IntOrString::String(name)) => TargetPort::Name(name.clone()),
+        Some(IntOrString::Int(target)) => {
+            let target = u16::try_from(*target).ok().filter(|&n| n > 0);
+            TargetPort::Number(target.unwrap_or(number))
+        }
+        None => TargetPort::Number(number),
+    };
     Some(ServicePort {
         name,
         number,
+        target,
         protocol,
     })
 }
