@@ -9,6 +9,7 @@ use envoy_types::pb::{
             Config,
             config::{Counter, Histogram, Stat, Tag, histogram::Unit},
         },
+        r#type::v3::Scope,
     },
     google::protobuf::UInt64Value,
 };
@@ -37,13 +38,18 @@ pub(super) fn request_metrics(reporter: &Reporter<'_>) -> AccessLog {
         })
     };
     let config = Config {
+        // One scope for all listeners: figures outlive a listener that is replaced.
+        stats_scope: Some(Scope {
+            prefix: "malha".to_owned(),
+            ..Scope::default()
+        }),
         counters: vec![Counter {
-            stat: stat("malha.requests_total"),
+            stat: stat("requests_total"),
             value_fixed: Some(UInt64Value { value: 1 }),
             ..Counter::default()
         }],
         histograms: vec![Histogram {
-            stat: stat("malha.request_duration_milliseconds"),
+            stat: stat("request_duration_milliseconds"),
             unit: Unit::Milliseconds.into(),
             value_format: "%DURATION%".to_owned(),
         }],

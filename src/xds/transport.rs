@@ -40,9 +40,14 @@ pub(super) fn raw() -> TransportSocket {
 
 /// A client that takes these identities for its server, and no other.
 pub(super) fn client(servers: &BTreeSet<SpiffeId>, sni: &str, alpn: &[&str]) -> TransportSocket {
-    let servers = servers.iter().map(|id| MatchPattern::Exact(id.to_string()));
+    let exact = |id: &SpiffeId| MatchPattern::Exact(id.to_string());
+    let mut servers: Vec<_> = servers.iter().map(exact).collect();
+    if servers.is_empty() {
+        // To Envoy an empty list is everybody; this is nobody's identity.
+        servers.push(MatchPattern::Exact("spiffe://".to_owned()));
+    }
     let context = UpstreamTlsContext {
-        common_tls_context: Some(common(servers.collect(), alpn)),
+        common_tls_context: Some(common(servers, alpn)),
         sni: sni.to_owned(),
         // A resumed session would skip the look at the certificate.
         max_session_keys: number(0),

@@ -24,3 +24,4 @@ mod signing;
 mod standalone;
 mod support;
 mod webhook;
+mod xds;
