@@ -71,7 +71,8 @@ pub struct Identity {
 }
 
 impl Identity {
-    fn new(id: SpiffeId, keyed: Arc<KeyedChain>, bundle: Bundle) -> Self {
+    /// Of these parts, which nobody checks here.
+    pub fn new(id: SpiffeId, keyed: Arc<KeyedChain>, bundle: Bundle) -> Self {
         let versions = [
             (
                 SecretName::Default,
@@ -133,6 +134,8 @@ pub struct Settings {
     pub roots: PathBuf,
     /// The life to ask for; none: what the control plane likes.
     pub life: Option<Duration>,
+    /// The longest time between two certificates; none: half of a life, give or take.
+    pub renew_every: Option<Duration>,
 }
 
 /// Keeps the pod's identity fresh.
@@ -246,7 +249,7 @@ impl Keeper {
         match asked {
             Ok(accepted) => {
                 let validity = accepted.keyed.validity;
-                let plan = Plan::renewed(validity, now, dice::roll());
+                let plan = Plan::renewed(validity, self.settings.renew_every, now, dice::roll());
                 self.metrics.received(validity, plan.due());
                 self.store.certify(accepted);
                 tracing::info!(

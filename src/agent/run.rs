@@ -210,6 +210,7 @@ async fn identify(
             token: settings.token.clone(),
             roots: settings.roots.clone(),
             life: None,
+            renew_every: settings.renew_every,
         },
         clock,
         metrics,

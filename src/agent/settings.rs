@@ -72,6 +72,8 @@ pub struct Settings {
     pub status_port: u16,
     /// Envoy's own metrics.
     pub envoy_metrics_port: u16,
+    /// The longest time between two certificates; none: about half of a certificate's life.
+    pub renew_every: Option<Duration>,
     /// How long open connections may take to end after SIGTERM.
     pub termination_drain: Duration,
 }
@@ -258,6 +260,9 @@ impl Settings {
             agent_port,
             status_port,
             envoy_metrics_port,
+            renew_every: from.or("MALHA_RENEW_EVERY", None, A_DURATION, |text| {
+                duration(text).map(Some)
+            })?,
             termination_drain: from.or(
                 "MALHA_TERMINATION_DRAIN",
                 Duration::from_secs(25),

@@ -1,6 +1,7 @@
 //! Integration tests: one binary, one module a subject.
 
 mod agent;
+mod agent_identity;
 mod ca;
 mod cli;
 mod cli_live;

@@ -53,8 +53,8 @@ pub(super) fn accept(
     let leaf = Svid::parse(&chain[0])?;
     if leaf.id != *id {
         return Err(AnswerError::Stranger {
-            found: leaf.id,
-            asked: id.clone(),
+            found: Box::new(leaf.id),
+            asked: Box::new(id.clone()),
         });
     }
     if leaf.spki != key.public_key().spki() {
@@ -106,9 +106,9 @@ pub enum AnswerError {
     #[error("the certificate is for {found}, but this pod is {asked}")]
     Stranger {
         /// What it says.
-        found: SpiffeId,
+        found: Box<SpiffeId>,
         /// What it should say.
-        asked: SpiffeId,
+        asked: Box<SpiffeId>,
     },
     /// For another key.
     #[error("the certificate is for another key than the one that was sent")]

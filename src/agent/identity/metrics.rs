@@ -44,7 +44,7 @@ impl Metrics {
     /// Puts them into a registry.
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
-            "malha_agent_certificate_requests",
+            "malha_agent_renewals",
             "Tries to get a certificate, by result",
             self.requests.clone(),
         );

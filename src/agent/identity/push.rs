@@ -118,9 +118,8 @@ async fn converse(
     if say.try_send(first).is_err() {
         return PushError::Ended;
     }
-    let opened = match timeout(DEADLINE, open(settings, store, requests)).await {
-        Ok(opened) => opened,
-        Err(_) => return PushError::Deadline,
+    let Ok(opened) = timeout(DEADLINE, open(settings, store, requests)).await else {
+        return PushError::Deadline;
     };
     let mut answers = match opened {
         Ok(answers) => answers,

@@ -64,10 +64,13 @@ impl Plan {
     /// leaves a dead control plane may stay dead for about 11 h before the first leaf ends. Spread: a node pool that
     /// started in one minute would otherwise renew in one minute for ever. What is *left*, not the whole life: leaves
     /// are dated back for slow clocks, and a short one would be past its half when it arrives. `dice` is from 0 to 1.
-    pub fn renewed(validity: Validity, now: Moment, dice: f64) -> Self {
+    ///
+    /// Whoever wants keys to be younger than that gives a `longest` time between two certificates.
+    pub fn renewed(validity: Validity, longest: Option<Duration>, now: Moment, dice: f64) -> Self {
         let left = validity.not_after.duration_since(now.wall);
         let half = Duration::try_from(left).unwrap_or_default() / 2;
         let span = half.mul_f64(0.9 + 0.2 * dice.clamp(0.0, 1.0));
+        let span = longest.map_or(span, |longest| span.min(longest));
         Self {
             due: Some(Due {
                 wall: now.wall.saturating_add(span).unwrap_or(Timestamp::MAX),
@@ -154,7 +157,7 @@ mod tests {
     #[test]
     fn half_of_what_is_left_of_a_life_passes_give_or_take_a_tenth() {
         for (dice, hours) in [(0.0, 10.8), (0.5, 12.0), (1.0, 13.2)] {
-            let plan = Plan::renewed(life(24 * HOUR), at(0, 0), dice);
+            let plan = Plan::renewed(life(24 * HOUR), None, at(0, 0), dice);
             assert_eq!(
                 step(&plan, at(0, 0)),
                 Step::Wait(Duration::from_secs_f64(hours * 3600.0))
@@ -164,14 +167,24 @@ mod tests {
 
     #[test]
     fn a_leaf_of_five_minutes_that_is_dated_back_by_five_is_not_past_its_half() {
-        let plan = Plan::renewed(life(5 * MINUTE), at(0, 0), 0.5);
+        let plan = Plan::renewed(life(5 * MINUTE), None, at(0, 0), 0.5);
         assert_eq!(step(&plan, at(149, 149)), wait(1));
         assert_eq!(step(&plan, at(150, 150)), Step::Renew);
     }
 
     #[test]
+    fn whoever_wants_young_keys_gets_them() {
+        let hourly = Some(Duration::from_secs(HOUR));
+        let plan = Plan::renewed(life(24 * HOUR), hourly, at(0, 0), 0.5);
+        assert_eq!(step(&plan, at(0, 0)), wait(HOUR));
+        // but never later than half of a short life
+        let plan = Plan::renewed(life(HOUR), hourly, at(0, 0), 0.5);
+        assert_eq!(step(&plan, at(0, 0)), wait(HOUR / 2));
+    }
+
+    #[test]
     fn a_laptop_that_wakes_up_renews_at_once() {
-        let plan = Plan::renewed(life(24 * HOUR), at(0, 0), 0.5);
+        let plan = Plan::renewed(life(24 * HOUR), None, at(0, 0), 0.5);
         // 20 hours of sleep, of which the steady clock knows a second
         assert_eq!(step(&plan, at(20 * HOUR, 1)), Step::Renew);
         // and after the certificate's end too
@@ -180,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_is_set_back_does_not_hold_a_renewal_up() {
-        let plan = Plan::renewed(life(24 * HOUR), at(HOUR, 0), 0.5);
+        let plan = Plan::renewed(life(24 * HOUR), None, at(HOUR, 0), 0.5);
         assert_eq!(step(&plan, at(0, 12 * HOUR)), Step::Renew);
         // before the certificate's beginning it is of no use
         let long_ago = Moment {
@@ -206,13 +219,13 @@ mod tests {
         }
         assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60, 60]);
         assert_eq!(plan.failures(), 8);
-        let renewed = Plan::renewed(life(24 * HOUR), at(now, now), 0.5);
+        let renewed = Plan::renewed(life(24 * HOUR), None, at(now, now), 0.5);
         assert_eq!(renewed.failures(), 0);
     }
 
     #[test]
     fn a_failed_renewal_goes_on_failing_past_the_end_and_beyond_a_set_clock() {
-        let plan = Plan::renewed(life(HOUR), at(0, 0), 0.5).failed(at(1800, 1800), None, 0.0);
+        let plan = Plan::renewed(life(HOUR), None, at(0, 0), 0.5).failed(at(1800, 1800), None, 0.0);
         assert_eq!(step(&plan, at(1800, 1800)), wait(1));
         assert_eq!(step(&plan, at(1801, 1801)), Step::Renew);
         assert_eq!(step(&plan, at(9 * HOUR, 1801)), Step::Renew);
@@ -236,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_leaf_whose_root_is_gone_is_replaced_at_once_but_not_in_a_tight_loop() {
-        let plan = Plan::renewed(life(24 * HOUR), at(0, 0), 0.5);
+        let plan = Plan::renewed(life(24 * HOUR), None, at(0, 0), 0.5);
         assert_eq!(step(&plan.overtaken(), at(0, 0)), wait(1));
         assert_eq!(step(&plan.overtaken(), at(60, 60)), Step::Renew);
     }
@@ -248,7 +261,7 @@ mod tests {
             dice in 0.0_f64..1.0,
             later in 0_u64..8 * 24 * HOUR,
         ) {
-            let plan = Plan::renewed(life(life_seconds), at(0, 0), dice);
+            let plan = Plan::renewed(life(life_seconds), None, at(0, 0), dice);
             if later >= (life_seconds * 11 / 20 + 1).max(1) {
                 prop_assert!(step(&plan, at(later, later)) == Step::Renew);
             }

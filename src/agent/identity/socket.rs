@@ -24,7 +24,7 @@ pub(super) fn bind(path: &Path, mode: u32) -> Result<UnixListener, SocketError> 
 }
 
 fn make(path: &Path, mode: u32) -> io::Result<UnixListener> {
-    let directory = path.parent().unwrap_or(Path::new("."));
+    let directory = path.parent().unwrap_or_else(|| Path::new("."));
     fs::create_dir_all(directory)?;
     let nursery = directory.join(format!(".{}", std::process::id()));
     remove(fs::remove_dir_all(&nursery))?;

@@ -134,8 +134,8 @@ impl Seats {
                     holding.held.insert(name, *first);
                 }
             }
-            let refused = self.refused.iter().filter(|((of, _), _)| *of == name);
-            if let Some((_, last)) = refused.last() {
+            let mut refused = self.refused.iter().filter(|((of, _), _)| *of == name);
+            if let Some((_, last)) = refused.next_back() {
                 holding.refused.insert(name, last.clone());
             }
         }
