@@ -276,3 +276,130 @@ fn no_address(address: std::net::IpAddr, errno: Errno) -> NetlinkError {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::redirect::Redirection;
+
+    fn rules() -> RuleSet {
+        let settings = Redirection {
+            proxy_gid: 1337,
+            inbound_port: 15006,
+            outbound_port: 15001,
+            include_inbound_ports: crate::redirect::Include::All,
+            exclude_inbound_ports: vec![15021],
+            include_outbound_ports: crate::redirect::Include::All,
+            exclude_outbound_ports: vec![],
+            include_outbound_ip_ranges: crate::redirect::Include::All,
+            exclude_outbound_ip_ranges: vec![],
+            exclude_interfaces: vec![],
+            exclude_outbound_uids: vec![],
+        };
+        settings.rule_set(Families::BOTH)
+    }
+
+    /// What is said when the kernel refuses the first message that is for a step like this.
+    fn said(errno: Errno, is_it: impl Fn(&Step) -> bool) -> String {
+        let batch = Batch::of(&rules());
+        let at = batch.steps.iter().position(is_it).expect("there is one");
+        let step = batch.step_of(u32::try_from(at).expect("few"));
+        refused(&step, errno).to_string()
+    }
+
+    #[test]
+    fn a_kernel_without_a_feature_is_told_by_rule_and_feature() {
+        // Linux before 5.2 has no nat in tables of family inet: EOPNOTSUPP; without the module the type is unknown: ENOENT.
+        for errno in [Errno::EOPNOTSUPP, Errno::ENOENT] {
+            assert_eq!(
+                said(errno, |step| matches!(step, Step::Chain { nat: true, .. })),
+                "the kernel refused `chain prerouting { type nat hook prerouting priority dstnat; }`: it needs Linux 5.2 \
+                 or later with CONFIG_NFT_NAT and CONFIG_NF_NAT (module nft_chain_nat); older kernels cannot translate \
+                 addresses in a table for both families"
+            );
+        }
+        let redirects = |step: &Step| {
+            matches!(
+                step,
+                Step::Rule {
+                    redirects: true,
+                    ..
+                }
+            )
+        };
+        assert_eq!(
+            said(Errno::ENOENT, redirects),
+            "the kernel refused `inbound: meta l4proto tcp redirect to :15006`: it needs CONFIG_NFT_REDIR (module nft_redir)"
+        );
+        assert_eq!(
+            said(Errno::EOPNOTSUPP, |step| *step == Step::Begin),
+            "the kernel refused `start a transaction`: it needs nf_tables (CONFIG_NF_TABLES; module nf_tables)"
+        );
+        let inet = said(Errno::EAFNOSUPPORT, |step| *step == Step::Table);
+        assert!(inet.contains("CONFIG_NF_TABLES_INET"), "{inet}");
+        assert!(
+            cannot_read(Errno::EPROTONOSUPPORT, "x")
+                .to_string()
+                .contains("CONFIG_NETFILTER_NETLINK")
+        );
+    }
+
+    #[test]
+    fn a_refusal_for_want_of_a_right_says_which() {
+        for error in [
+            refused(&Step::Begin, Errno::EPERM),
+            cannot_read(Errno::EPERM, "read its packet filter"),
+            no_address(Family::V6.passed_on(), Errno::EPERM),
+        ] {
+            assert!(matches!(error, NetlinkError::Permission { .. }));
+            assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_message_of_a_batch_has_its_number_and_its_step() {
+        let batch = Batch::of(&rules());
+        let (mut rest, mut numbers) = (batch.bytes.as_slice(), Vec::new());
+        while let [a, b, c, d, _, _, _, _, e, f, g, h, ..] = *rest {
+            numbers.push(u32::from_ne_bytes([e, f, g, h]));
+            let length = u32::from_ne_bytes([a, b, c, d]);
+            rest = &rest[usize::try_from(length).expect("few bytes")..];
+        }
+        let wanted: Vec<_> = (0..).take(batch.steps.len()).collect();
+        assert_eq!(numbers, wanted);
+        let rules: usize = rules().chains.iter().map(|chain| chain.rules.len()).sum();
+        assert_eq!(batch.steps.len(), 1 + 3 + 3 + rules + 1);
+    }
+
+    #[test]
+    fn what_the_kernel_lacks_or_has_besides_is_a_difference() {
+        let rules = rules();
+        assert_eq!(
+            difference(&rules, &Found::default()),
+            Some(Difference::NoTable)
+        );
+        let chain = |chain: &Chain| FoundChain {
+            name: chain.name.to_owned(),
+            hook: chain.hook.map(nft::wanted_hook),
+            rules: chain.rules.iter().map(expression::of_rule).collect(),
+        };
+        let whole = || Found {
+            table: true,
+            dormant: false,
+            chains: rules.chains.iter().map(chain).collect(),
+        };
+        assert_eq!(difference(&rules, &whole()), None);
+        // Each single rule that is gone is noticed.
+        for (at, wanted) in rules.chains.iter().enumerate() {
+            for rule in 0..wanted.rules.len() {
+                let mut found = whole();
+                found.chains[at].rules.remove(rule);
+                assert!(difference(&rules, &found).is_some(), "{wanted} {rule}");
+            }
+            let mut found = whole();
+            found.chains.remove(at);
+            let missing = Difference::NoChain(wanted.name.to_owned());
+            assert_eq!(difference(&rules, &found), Some(missing));
+        }
+    }
+}

@@ -8,13 +8,16 @@
 //! what it means: tables, chains and rules as values that print as `nft list` does.
 
 mod argument;
+mod build;
+mod fate;
 mod rules;
 mod values;
 
 pub use argument::ArgumentError;
+pub use fate::{Connection, Fate, Place};
 pub use rules::{
-    Act, Chain, Connection, Families, Family, Fate, Hook, INBOUND, Match, OUTPUT, PREROUTING,
-    Place, Rule, RuleSet, Side, TABLE,
+    Act, Chain, Families, Family, Hook, INBOUND, Match, OUTPUT, PREROUTING, Rule, RuleSet, Side,
+    TABLE,
 };
 pub use values::{Cidr, Include, Interface, PortRange, ValueError};
 
@@ -80,6 +83,6 @@ impl Redirection {
 
     /// The rules that redirect so, for the families that the pod has.
     pub fn rule_set(&self, families: Families) -> RuleSet {
-        rules::build(self, families)
+        build::rule_set(self, families)
     }
 }

@@ -30,6 +30,9 @@ pub(super) struct Socket {
     buffer: Vec<u8>,
 }
 
+/// One object of a dump: its type, and what follows its header.
+pub(super) type Object = (u16, Vec<u8>);
+
 /// How a batch or a single message went.
 pub(super) enum Outcome {
     /// All of it is done.
@@ -78,8 +81,8 @@ impl Socket {
         Ok(Outcome::Done)
     }
 
-    /// Everything that the kernel tells about a question: each object's type, and what follows its header.
-    pub(super) fn dump(&mut self, question: &[u8]) -> Result<Vec<(u16, Vec<u8>)>, Errno> {
+    /// Everything that the kernel tells about a question.
+    pub(super) fn dump(&mut self, question: &[u8]) -> Result<Vec<Object>, Errno> {
         loop {
             self.send(question)?;
             if let Some(objects) = self.objects()? {
@@ -89,7 +92,7 @@ impl Socket {
     }
 
     /// `None` if the objects changed meanwhile.
-    fn objects(&mut self) -> Result<Option<Vec<(u16, Vec<u8>)>>, Errno> {
+    fn objects(&mut self) -> Result<Option<Vec<Object>>, Errno> {
         let (mut objects, mut interrupted) = (Vec::new(), false);
         loop {
             for reply in wire::replies(self.receive()?) {

@@ -215,4 +215,20 @@ mod tests {
         }
         assert_eq!(replies(&[0; 64]).count(), 0, "a length of nothing");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_reading_fail_or_last(
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+            short in 0_u8..24,
+        ) {
+            let mut bytes = bytes;
+            if let Some(length) = bytes.first_mut() {
+                *length = short;
+            }
+            proptest::prop_assert!(attributes(&bytes).count() <= bytes.len() / 4 + 1);
+            proptest::prop_assert!(replies(&bytes).count() <= bytes.len() / HEADER);
+            super::super::expression::decode(&bytes);
+        }
+    }
 }
