@@ -3,6 +3,7 @@
 //!
 //! `want.json` says what matters of each resource, not every byte. `SNAPSHOTS=overwrite` rewrites it; read the difference.
 
+mod live;
 mod random;
 mod summary;
 mod touch;
