@@ -177,9 +177,12 @@ crds: needs-rust ## Write manifests/crds anew from src/mesh/crd.rs
 proto: needs-rust ## Write src/proto anew from proto/
 	$(CARGO) run --locked --quiet --example proto
 
-.PHONY: bench manifests clean
+.PHONY: bench bench-mesh manifests clean
 bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>
 	$(CARGO) bench --locked --bench figures -- $(ARGS)
+
+bench-mesh: rig image ## Measure what two sidecars add to a call, on a node of its own (root; some minutes)
+	MALHA_IMAGES=$(TARGET)/images/release $(CARGO) test --locked --test cluster bench_mesh -- --ignored --nocapture
 
 manifests: ## Print what `kubectl apply -k manifests/base` applies
 	@command -v kubectl >/dev/null 2>&1 || { echo "make: kubectl is needed: https://kubernetes.io/docs/tasks/tools" >&2; exit 1; }

@@ -158,6 +158,8 @@ struct Pair {
 enum Verdict {
     /// Equal.
     Same,
+    /// Both sides have one of this name, and nothing tells whether they are equal.
+    There,
     /// Equal, and not in use yet.
     Warming,
     /// The agent's own, sent by nobody else.
@@ -174,12 +176,13 @@ enum Verdict {
 
 impl Verdict {
     fn is_difference(&self) -> bool {
-        !matches!(self, Self::Same | Self::Warming | Self::Local)
+        !matches!(self, Self::Same | Self::There | Self::Warming | Self::Local)
     }
 
     fn word(&self) -> &'static str {
         match self {
             Self::Same => "same",
+            Self::There => "there",
             Self::Warming => "warming",
             Self::Local => "local",
             Self::Refused(_) => "refused",
@@ -194,6 +197,7 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Same => f.write_str("same"),
+            Self::There => f.write_str("on both sides, not compared"),
             Self::Warming => f.write_str("same, warming: it waits for endpoints or a secret"),
             Self::Local => f.write_str("from the agent"),
             Self::Refused(words) => write!(f, "REFUSED by Envoy: {words}"),
@@ -264,7 +268,7 @@ async fn ask(args: &Args) -> Result<Both, Failure> {
     let envoy = dump
         .and_then(|dump| read_dump(&dump).with_context(|| format!("the dump of pod {name}")))
         .or_exit(Exit::Unreachable)?;
-    let sent = first_that_knows(said).or_exit(Exit::Unreachable)?;
+    let sent = sent(said).or_exit(Exit::Unreachable)?;
     Ok(Both {
         pod: name,
         envoy,
@@ -272,23 +276,32 @@ async fn ask(args: &Args) -> Result<Both, Failure> {
     })
 }
 
-/// What the replica that serves the pod sent; `None` where all of them answer and none knows it.
-fn first_that_knows(said: Vec<Said>) -> anyhow::Result<Option<Resources>> {
+/// What was sent; `None` where all replicas answer and none knows the pod.
+///
+/// Every replica knows the pod, and tells the same of it, but which routes it asked for only the one that serves it knows:
+/// its answer is the longest.
+fn sent(said: Vec<Said>) -> anyhow::Result<Option<Resources>> {
     let mut fault = None;
+    let mut longest: Option<Resources> = None;
     for Said { replica, document } in said {
-        match document {
+        let read = document.and_then(|document| document.map(|sent| read_sent(&sent)).transpose());
+        match read {
             Ok(None) => {}
-            Ok(Some(document)) => {
-                return read_sent(&document)
-                    .with_context(|| format!("the answer of {replica}"))
-                    .map(Some);
+            Ok(Some(sent)) => {
+                let longer = longest
+                    .as_ref()
+                    .is_none_or(|longest| sent.len() > longest.len());
+                if longer {
+                    longest = Some(sent);
+                }
             }
             Err(why) => fault = Some(anyhow!("{replica} could not be asked: {}", whole(&why))),
         }
     }
-    match fault {
-        Some(fault) => Err(fault),
-        None => Ok(None),
+    match (longest, fault) {
+        (Some(sent), _) => Ok(Some(sent)),
+        (None, Some(fault)) => Err(fault),
+        (None, None) => Ok(None),
     }
 }
 
@@ -418,8 +431,7 @@ fn judge(kind: Kind, envoy: Option<&Held>, sent: Option<&Held>) -> Verdict {
             }
             true
         }
-        // Nothing to compare by: both have one of this name.
-        _ => true,
+        _ => return Verdict::There,
     };
     match (equal, envoy.warming) {
         (false, _) => Verdict::Differs("another version"),
@@ -586,7 +598,7 @@ mod tests {
         })
     }
 
-    fn sent(address: &str) -> Value {
+    fn sent_document(address: &str) -> Value {
         let resource = |kind: &str, name: &str, version: &str| json!({ "kind": kind, "name": name, "version": version });
         let mut endpoints = resource(
             "endpoints",
@@ -613,7 +625,8 @@ mod tests {
 
     fn pairs(address: &str) -> Vec<Pair> {
         let envoy = read_dump(dump().to_string().as_bytes()).expect("a dump");
-        let sent = read_sent(sent(address).to_string().as_bytes()).expect("a configuration");
+        let sent =
+            read_sent(sent_document(address).to_string().as_bytes()).expect("a configuration");
         compare(envoy, sent)
     }
 
@@ -662,25 +675,29 @@ secret      default                                     there              -    
     }
 
     #[test]
-    fn one_replica_that_knows_the_pod_is_enough() {
+    fn the_replica_that_serves_the_pod_is_believed() {
         let said = |document| Said {
             replica: "malha-system/malha-a".to_owned(),
             document,
         };
-        let known = || Ok(Some(sent("10.1.0.7").to_string().into_bytes()));
-        let found = first_that_knows(vec![
+        let known = |routes: bool| {
+            let mut config = sent_document("10.1.0.7");
+            if !routes {
+                let resources = config["resources"].as_array_mut().expect("a list");
+                resources.retain(|resource| resource["kind"] != "route");
+            }
+            Ok(Some(config.to_string().into_bytes()))
+        };
+        let answers = vec![
             said(Ok(None)),
+            said(known(false)),
+            said(known(true)),
             said(Err(anyhow!("late"))),
-            said(known()),
-        ]);
-        assert!(found.expect("asked").is_some());
-        assert!(
-            first_that_knows(vec![said(Ok(None))])
-                .expect("asked")
-                .is_none()
-        );
-        let fault =
-            first_that_knows(vec![said(Ok(None)), said(Err(anyhow!("late")))]).expect_err("late");
+        ];
+        let found = sent(answers).expect("asked").expect("known");
+        assert!(found.keys().any(|(kind, _)| *kind == Kind::Route));
+        assert!(sent(vec![said(Ok(None))]).expect("asked").is_none());
+        let fault = sent(vec![said(Ok(None)), said(Err(anyhow!("late")))]).expect_err("late");
         assert_eq!(
             fault.to_string(),
             "malha-system/malha-a could not be asked: late"

@@ -3,6 +3,7 @@
 
 mod admission;
 mod authority;
+mod bench_mesh;
 mod ca_bundle;
 #[path = "../support/dice.rs"]
 mod dice;

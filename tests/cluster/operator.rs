@@ -4,7 +4,10 @@ use std::process::Output;
 
 use serde_json::{Value, json};
 
-use crate::rig::{self, Cluster, run};
+use crate::{
+    node,
+    rig::{self, Cluster, run},
+};
 
 /// Enough of the kind to keep objects of it; where the real one is there already, that one stays.
 const PEER_AUTHENTICATION: &str = r#"{
@@ -279,6 +282,115 @@ async fn who_may_not_look_is_told_what_was_left_out() {
     // What nobody may read about is not told as if nothing were there.
     assert!(!shown.contains("PERMISSIVE"), "{shown}");
 }
+
+/// On a real node every way is real: port-forward to the control plane, exec into the sidecar, the pod proxy.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_node_the_verbs_tell_of_two_pods_that_call_each_other() {
+    let Some(node) = node::shared().await else {
+        return;
+    };
+    let mesh = node
+        .namespace("verbs", &[("istio-injection", "enabled")])
+        .await;
+    mesh.apply(WEB_AND_CLIENT).await;
+    mesh.ready("pod/web").await;
+    mesh.ready("pod/client").await;
+    let name = mesh.name();
+    let url = format!("http://web.{name}/echo?msg=hello");
+    let malha = async |args: &[&str]| {
+        let mut malha = tokio::process::Command::new(env!("CARGO_BIN_EXE_malha"));
+        malha
+            .env("KUBECONFIG", node.kubeconfig())
+            .args(args)
+            .args(["-n", name, "-o", "json"]);
+        let output = run(malha, None).await;
+        let told = serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default();
+        (output.status.code(), told, text(&output.stderr))
+    };
+
+    let ps = rig::eventually(PATIENCE, "both proxies synced", || async {
+        let (code, ps, said) = malha(&["ps", "--strict"]).await;
+        (code == Some(0) && ps["items"].as_array().is_some_and(|items| items.len() == 2))
+            .then(|| ps.clone())
+            .ok_or_else(|| format!("{code:?} {said} {ps:#}"))
+    })
+    .await;
+    let identity = format!("spiffe://cluster.local/ns/{name}/sa/default");
+    for proxy in ps["items"].as_array().expect("a list") {
+        assert_eq!(proxy["identity"], *identity, "{proxy:#}");
+        assert_eq!(proxy["state"], "synced", "{proxy:#}");
+        assert!(proxy["certificateNotAfter"].is_string(), "{proxy:#}");
+    }
+
+    rig::eventually(PATIENCE, "web answering", || async {
+        mesh.exec("pod/client", "client", &["curl", "-sSf", &url])
+            .await
+    })
+    .await;
+    rig::eventually(PATIENCE, "Envoy holding what was sent", || async {
+        let (code, config, said) = malha(&["config", "client"]).await;
+        let resources = config["resources"].as_array().map_or(0, Vec::len);
+        assert!(!config.to_string().contains("PRIVATE KEY"));
+        (code == Some(0) && resources > 3)
+            .then_some(())
+            .ok_or_else(|| format!("{code:?} {said} {config:#}"))
+    })
+    .await;
+
+    let (code, explained, said) = malha(&["explain", "web"]).await;
+    let web = &explained["items"][0];
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(web["identity"], *identity, "{web:#}");
+    assert!(web["certificateNotAfter"].is_string(), "{said}{web:#}");
+    assert_eq!(web["mtls"]["ports"][0]["port"], 8080, "{web:#}");
+
+    let calls = "for i in $(seq 40); do curl -sSf -o /dev/null $0 || exit 1; sleep 0.1; done";
+    let (calls, edges) = (["sh", "-c", calls, &url], ["edges", "--window", "2s"]);
+    let (called, told) = tokio::join!(mesh.exec("pod/client", "client", &calls), malha(&edges));
+    called.expect("every call is answered");
+    let (code, edges, said) = told;
+    assert_eq!(code, Some(0), "{said}");
+    let items = edges["items"].as_array().expect("a list");
+    let edge = items
+        .iter()
+        .find(|edge| edge["server"] == format!("{name}/web"));
+    let edge = edge.unwrap_or_else(|| panic!("no edge to web in {edges:#}"));
+    assert_eq!(edge["client"], format!("{name}/client"), "{edges:#}");
+    assert_eq!(edge["mtls"], "yes", "{edges:#}");
+    assert_eq!(edge["success"], 1.0, "{edges:#}");
+    assert!(edge["requestsPerSecond"].as_f64() > Some(0.5), "{edges:#}");
+}
+
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(90);
+
+const WEB_AND_CLIENT: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: web, labels: {app: web}}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: web
+    image: rig.local/agnhost:1
+    args: [netexec, --http-port=8080]
+    ports: [{name: http, containerPort: 8080}]
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: client, image: "rig.local/tools:1", command: [sleep, "100000"]}
+"#;
 
 fn stdout(output: Output) -> String {
     assert!(output.status.success(), "{}", text(&output.stderr));
