@@ -13,8 +13,14 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::get,
 };
+use envoy_types::pb::envoy::config::{
+    core::v3::{address::Address, socket_address::PortSpecifier},
+    endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
+};
 use jiff::Timestamp;
+use prost::Message as _;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::{Hub, Seat, lock, wire::Program};
 use crate::{
@@ -197,6 +203,9 @@ struct Told {
     version: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
+    /// Of endpoints: Envoy tells no version of them, so they are compared by address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    json: Option<Value>,
 }
 
 /// What a proxy that connects now would be told.
@@ -269,8 +278,41 @@ impl Told {
                 .source
                 .as_ref()
                 .map(|source| format!("{}/{}", source.kind, source.name)),
+            json: (kind == "endpoints")
+                .then(|| assignment(&resource.body))
+                .flatten(),
         }
     }
+}
+
+/// The addresses of a ClusterLoadAssignment, under the names of the protocol.
+fn assignment(body: &[u8]) -> Option<Value> {
+    let assignment = ClusterLoadAssignment::decode(body).ok()?;
+    let localities = assignment.endpoints.iter().map(|locality| {
+        let endpoints = locality.lb_endpoints.iter().filter_map(socket_address);
+        let endpoints = endpoints
+            .map(|socket| json!({ "endpoint": { "address": { "socket_address": socket } } }));
+        json!({ "lb_endpoints": endpoints.collect::<Vec<_>>() })
+    });
+    Some(json!({
+        "cluster_name": assignment.cluster_name,
+        "endpoints": localities.collect::<Vec<_>>(),
+    }))
+}
+
+fn socket_address(endpoint: &LbEndpoint) -> Option<Value> {
+    let Some(HostIdentifier::Endpoint(endpoint)) = &endpoint.host_identifier else {
+        return None;
+    };
+    let Some(Address::SocketAddress(socket)) = &endpoint.address.as_ref()?.address else {
+        return None;
+    };
+    let port = match &socket.port_specifier {
+        Some(PortSpecifier::PortValue(port)) => json!(port),
+        Some(PortSpecifier::NamedPort(name)) => json!(name),
+        None => Value::Null,
+    };
+    Some(json!({ "address": socket.address, "port_value": port }))
 }
 
 #[cfg(test)]
@@ -278,6 +320,44 @@ mod tests {
     use axum::http::HeaderValue;
 
     use super::*;
+
+    #[test]
+    fn endpoints_are_told_by_their_addresses() {
+        use envoy_types::pb::envoy::config::{
+            core::v3::{self as core, SocketAddress},
+            endpoint::v3::{Endpoint, LocalityLbEndpoints},
+        };
+        let socket = SocketAddress {
+            address: "10.1.0.7".to_owned(),
+            port_specifier: Some(PortSpecifier::PortValue(8080)),
+            ..SocketAddress::default()
+        };
+        let endpoint = Endpoint {
+            address: Some(core::Address {
+                address: Some(Address::SocketAddress(socket)),
+            }),
+            ..Endpoint::default()
+        };
+        let locality = LocalityLbEndpoints {
+            lb_endpoints: vec![LbEndpoint {
+                host_identifier: Some(HostIdentifier::Endpoint(endpoint)),
+                ..LbEndpoint::default()
+            }],
+            ..LocalityLbEndpoints::default()
+        };
+        let whole = ClusterLoadAssignment {
+            cluster_name: "outbound|80||web.shop".to_owned(),
+            endpoints: vec![locality],
+            ..ClusterLoadAssignment::default()
+        };
+        let told = assignment(&whole.encode_to_vec()).expect("readable");
+        let socket = &told["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"];
+        assert_eq!(
+            socket["socket_address"],
+            json!({ "address": "10.1.0.7", "port_value": 8080 })
+        );
+        assert_eq!(assignment(b"\xff"), None);
+    }
 
     #[test]
     fn only_loopback_names_are_answered_and_no_web_page() {

@@ -46,18 +46,18 @@ pub(super) struct Node {
     #[prost(string, tag = "1")]
     pub(super) id: String,
     #[prost(message, optional, tag = "3")]
-    metadata: Option<Struct>,
+    pub(super) metadata: Option<Struct>,
     #[prost(string, tag = "6")]
-    user_agent: String,
+    pub(super) user_agent: String,
     #[prost(string, tag = "7")]
-    user_agent_version: String,
+    pub(super) user_agent_version: String,
     #[prost(message, optional, tag = "8")]
-    build: Option<Build>,
+    pub(super) build: Option<Build>,
 }
 
 /// `envoy.config.core.v3.BuildVersion`.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Build {
+pub(super) struct Build {
     #[prost(message, optional, tag = "1")]
     version: Option<Version>,
 }
