@@ -157,9 +157,10 @@ mod tests {
 
     #[test]
     fn a_node_is_a_pod_of_a_namespace() {
-        let node = |id: &str| Node {
-            id: id.to_owned(),
-            ..Node::default()
+        let node = |id: &str| {
+            let mut node = Node::default();
+            id.clone_into(&mut node.id);
+            node
         };
         for (id, want) in [
             ("web.shop", Some(("shop", "web"))),
