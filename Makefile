@@ -97,6 +97,14 @@ cluster-up: needs-root rig ## Start a Kubernetes of one node on this machine (ro
 cluster-down: ## Remove it without a trace
 	@tests/cluster/node/down $(CLUSTER)
 
+# On debug programs unless told otherwise: the same code in a fraction of the building.
+.PHONY: demo demo-down
+demo: needs-root rig ## Malha on a Kubernetes of this machine, shown: identities, a refused plaintext call (root)
+	@$(MAKE) --no-print-directory image PROFILE=dev
+	@demo/run $(CLUSTER) $(TARGET)/images/dev $(TARGET)/debug/malha
+
+demo-down: cluster-down ## Remove it without a trace
+
 .PHONY: release certs
 release: needs-rust ## Build the programs as they ship into target/release (slow)
 	$(CARGO) build --locked --release
