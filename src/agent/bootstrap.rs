@@ -27,7 +27,11 @@ const ROUTER: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v
 pub fn bootstrap(settings: &Settings, memory_limit: Option<u64>) -> Value {
     json!({
         "node": node(settings),
-        "admin": {"address": {"pipe": {"path": settings.admin_socket(), "mode": 0o600}}},
+        "admin": {
+            "address": {"pipe": {"path": settings.admin_socket(), "mode": 0o600}},
+            // An Envoy that is full must still say so.
+            "ignore_global_conn_limit": true,
+        },
         "dynamic_resources": {
             "ads_config": {
                 "api_type": "DELTA_GRPC",
@@ -93,14 +97,9 @@ pub fn over_sds(secret: &str) -> Value {
 
 fn control_plane(settings: &Settings) -> Value {
     let plane = &settings.control_plane;
-    let (kind, host, san) = match &plane.host {
-        Host::Name(name) => ("STRICT_DNS", name.clone(), "DNS"),
-        Host::Ip(ip) => ("STATIC", ip.to_string(), "IP_ADDRESS"),
-    };
-    let families = match (settings.has_ipv4(), settings.has_ipv6()) {
-        (true, true) => "ALL",
-        (false, _) => "V6_ONLY",
-        (true, false) => "V4_ONLY",
+    let (host, san) = match &plane.host {
+        Host::Name(name) => (name.clone(), "DNS"),
+        Host::Ip(ip) => (ip.to_string(), "IP_ADDRESS"),
     };
     let mut tls = json!({
         "@type": TLS,
@@ -125,12 +124,9 @@ fn control_plane(settings: &Settings) -> Value {
     if let Host::Name(name) = &plane.host {
         insert(&mut tls, "sni", json!(name));
     }
-    json!({
+    let mut cluster = json!({
         "name": XDS_CLUSTER,
         "alt_stat_name": "xds;",
-        "type": kind,
-        "dns_lookup_family": families,
-        "respect_dns_ttl": true,
         "connect_timeout": "5s",
         "load_assignment": endpoint(XDS_CLUSTER, &json!({
             "socket_address": {"address": host, "port_value": plane.port},
@@ -144,7 +140,27 @@ fn control_plane(settings: &Settings) -> Value {
         "circuit_breakers": {"thresholds": [{
             "max_connections": 100_000, "max_pending_requests": 100_000, "max_requests": 100_000,
         }]},
-    })
+    });
+    match &plane.host {
+        Host::Name(_) => insert(&mut cluster, "cluster_type", by_name(settings)),
+        Host::Ip(_) => insert(&mut cluster, "type", json!("STATIC")),
+    }
+    cluster
+}
+
+/// A Service's address stays for as long as the Service does, so nobody has to ask for it at each end of its five seconds.
+fn by_name(settings: &Settings) -> Value {
+    let families = match (settings.has_ipv4(), settings.has_ipv6()) {
+        (true, true) => "ALL",
+        (false, _) => "V6_ONLY",
+        (true, false) => "V4_ONLY",
+    };
+    json!({"name": "envoy.cluster.dns", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.clusters.dns.v3.DnsCluster",
+        "dns_lookup_family": families,
+        "dns_refresh_rate": "30s",
+        "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "10s"},
+    }})
 }
 
 fn sds(settings: &Settings) -> Value {

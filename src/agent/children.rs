@@ -47,6 +47,14 @@ pub struct Child {
 }
 
 impl Children {
+    /// Has orphans below this process become its children, where it is not PID 1 anyway: processes of a pod may share
+    /// their namespace. Before the first child is started, or its orphans are somebody else's.
+    pub fn adopt_orphans() {
+        if let Err(error) = prctl::set_child_subreaper(true) {
+            tracing::debug!(%error, "orphans are left to PID 1");
+        }
+    }
+
     /// Starts a program whose end will be told.
     ///
     /// # Errors
@@ -66,10 +74,6 @@ impl Children {
     /// # Errors
     /// Where the system does not tell of ended children.
     pub async fn reap(self) -> io::Result<()> {
-        // Without it orphans go to the real PID 1 where processes of a pod share their namespace.
-        if let Err(error) = prctl::set_child_subreaper(true) {
-            tracing::debug!(%error, "orphans are left to PID 1");
-        }
         let mut ended = signal(SignalKind::child())?;
         loop {
             self.reap_those_that_ended();

@@ -13,7 +13,7 @@ use super::settings::Level;
 pub fn init(level: Level) {
     let own = filter(level);
     let others = match level {
-        Level::Trace | Level::Debug => own,
+        Level::Trace => own,
         _ => own.min(LevelFilter::WARN),
     };
     let targets = Targets::new()

@@ -123,6 +123,7 @@ pub async fn run(settings: Settings, clock: Clock) -> Result<ExitCode, RunError>
         metrics.clone(),
         registry,
     ));
+    Children::adopt_orphans();
     let children = Children::default();
     let keeper = Keeper {
         metrics: metrics.clone(),
