@@ -1,7 +1,7 @@
 //! `malha-agent run` with a real Envoy: what the kubelet, Prometheus, an operator and a signal find.
 
 mod plane;
-mod sidecar;
+pub(crate) mod sidecar;
 
 use std::{
     fs,

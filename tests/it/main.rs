@@ -1,11 +1,14 @@
 //! Integration tests: one binary, one module a subject.
 
+mod ads;
 mod agent;
 mod agent_identity;
 mod ca;
 mod cli;
 mod cli_live;
 mod dependencies;
+#[path = "../support/delta.rs"]
+mod delta;
 #[path = "../support/dice.rs"]
 mod dice;
 #[path = "../support/envoy.rs"]
