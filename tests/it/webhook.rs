@@ -1,5 +1,6 @@
 //! The webhook over real sockets: what is answered, what is refused and how, and what a listener endures.
 
+mod clients;
 mod crowd;
 mod endurance;
 mod http2;
