@@ -455,7 +455,7 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(connection)));
+        let io = TokioIo::new(WatchedStream::of_streams(stream, Arc::clone(connection)));
         let (address, leaving) = (peer.address, self.draining.child_token());
         let service = {
             let (server, connection) = (Arc::clone(self), Arc::clone(connection));

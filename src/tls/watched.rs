@@ -15,6 +15,9 @@ use crate::tls::connections::{Connection, Stage};
 pub(crate) struct WatchedStream<S> {
     stream: S,
     connection: Arc<Connection>,
+    /// Over HTTP/2 no: bytes between two requests are mostly pings and windows, and what is left of the idle time bounds
+    /// a head that comes slowly.
+    bytes_begin_a_request: bool,
     /// What was thrown away while closing, in bytes; `None` before that.
     closing: Option<usize>,
 }
@@ -27,7 +30,16 @@ impl<S> WatchedStream<S> {
         Self {
             stream,
             connection,
+            bytes_begin_a_request: true,
             closing: None,
+        }
+    }
+
+    /// One that carries HTTP/2.
+    pub(crate) fn of_streams(stream: S, connection: Arc<Connection>) -> Self {
+        Self {
+            bytes_begin_a_request: false,
+            ..Self::new(stream, connection)
         }
     }
 }
@@ -40,7 +52,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for WatchedStream<S> {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if buf.filled().len() > before && self.connection.stage() == Stage::Idle {
+        let more = self.bytes_begin_a_request && buf.filled().len() > before;
+        if more && self.connection.stage() == Stage::Idle {
             self.connection.enter(Stage::Head);
         }
         read
