@@ -50,9 +50,12 @@ pub struct Catalogue {
     /// What equal pods share.
     own: BTreeMap<inbound::Pod, Arc<Own>>,
     proxies: BTreeMap<ObjectName, Proxy>,
-    /// By port and view, made when asked for.
-    routes: Mutex<BTreeMap<(u16, Option<Arc<str>>), Arc<Resource>>>,
+    /// Made when asked for.
+    routes: Mutex<BTreeMap<RouteView, Arc<Resource>>>,
 }
+
+/// A port, and the namespace that sees it in its own way, or (`None`) all others.
+type RouteView = (u16, Option<Arc<str>>);
 
 #[derive(Debug)]
 struct Shared {

@@ -48,7 +48,7 @@ pub(super) enum Routes<'a> {
     /// By RDS, under this name.
     Named(&'a str),
     /// They stand here.
-    Inline(RouteConfiguration),
+    Inline(Box<RouteConfiguration>),
 }
 
 /// An HTTP chain of the caller's side.
@@ -64,7 +64,7 @@ pub(super) fn inbound(
     reporter: &Reporter<'_>,
 ) -> Filter {
     let mtls = matches!(reporter, Reporter::Destination { mtls: true, .. });
-    let mut manager = manager(stat_prefix, Routes::Inline(routes), reporter);
+    let mut manager = manager(stat_prefix, Routes::Inline(routes.into()), reporter);
     if mtls {
         manager.forward_client_cert_details = ForwardClientCertDetails::SanitizeSet.into();
         manager.set_current_client_cert_details = Some(SetCurrentClientCertDetails {
@@ -133,7 +133,7 @@ fn manager(
             config_source: Some(from_ads()),
             route_config_name: name.to_owned(),
         }),
-        Routes::Inline(routes) => RouteSpecifier::RouteConfig(routes),
+        Routes::Inline(routes) => RouteSpecifier::RouteConfig(*routes),
     };
     HttpConnectionManager {
         stat_prefix: stat_prefix.to_owned(),

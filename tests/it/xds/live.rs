@@ -20,6 +20,7 @@ kind: Service
 metadata: {name: web, namespace: shop}
 spec:
   clusterIP: 10.96.0.1
+  clusterIPs: [10.96.0.1, 'fd00:96::1']
   selector: {app: web}
   ports:
     - {name: http, port: 80, targetPort: 8080}
@@ -34,21 +35,30 @@ addressType: IPv4
 ports: [{name: http, port: 8080}, {name: grpc, port: 8080}, {name: any, port: 8082}, {name: tcp-greeting, port: 8083}]
 endpoints: [{addresses: [10.244.77.2], targetRef: {kind: Pod, name: web-a, namespace: shop}}]
 ---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-6, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: http, port: 8080}, {name: grpc, port: 8080}, {name: any, port: 8082}, {name: tcp-greeting, port: 8083}]
+endpoints: [{addresses: ['fd00:244:77::2'], targetRef: {kind: Pod, name: web-a, namespace: shop}}]
+---
 apiVersion: v1
 kind: Pod
 metadata: {name: web-a, namespace: shop, labels: {app: web, version: v1}}
 spec: {serviceAccountName: web, containers: [{name: app}, {name: malha-proxy}]}
-status: {podIP: 10.244.77.2}
+status: {podIP: 10.244.77.2, podIPs: [{ip: 10.244.77.2}, {ip: 'fd00:244:77::2'}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: client-a, namespace: jobs, labels: {app: client}}
 spec: {serviceAccountName: client, containers: [{name: app}, {name: malha-proxy}]}
-status: {podIP: 10.244.77.1}
+status: {podIP: 10.244.77.1, podIPs: [{ip: 10.244.77.1}, {ip: 'fd00:244:77::1'}]}
 ";
 
 const POD: &str = "10.244.77.2";
 const SERVICE: &str = "10.96.0.1";
+const POD_V6: &str = "[fd00:244:77::2]";
+const SERVICE_V6: &str = "[fd00:96::1]";
 const CLIENT_ID: &str = "URI=spiffe://cluster.local/ns/jobs/sa/client";
 const SERVER_ID: &str = "URI=spiffe://cluster.local/ns/shop/sa/web";
 
@@ -157,13 +167,28 @@ impl Mesh {
         assert_eq!(http2, known, "{when}: HTTP/2");
         let http2 = self.call_http2("client-a.jobs", SERVICE, 82, "web.shop");
         assert_eq!(http2, known, "{when}: HTTP/2, undeclared");
-        for ip in [SERVICE, POD] {
-            let port = if ip == POD { 8083 } else { 83 };
+        assert_eq!(call(SERVICE_V6, 80, "web.shop"), known, "{when}: by IPv6");
+        assert_eq!(
+            call(SERVICE_V6, 80, SERVICE_V6),
+            known,
+            "{when}: by IPv6 in the host"
+        );
+        assert_eq!(
+            call(SERVICE_V6, 82, "web"),
+            known,
+            "{when}: undeclared, IPv6"
+        );
+        assert_eq!(
+            call(POD_V6, 8080, POD_V6),
+            known,
+            "{when}: by the pod's IPv6"
+        );
+        for (ip, port) in [(SERVICE, 83), (POD, 8083), (SERVICE_V6, 83), (POD_V6, 8083)] {
             let said = self.net.greeting("client-a.jobs", ip, port);
             assert_eq!(said, Ok("hello".to_owned()), "{when}: {ip} speaks first");
         }
-        for _ in 0..10 {
-            let itself = self.call("web-a.shop", SERVICE, 80, "web");
+        for service in [SERVICE, SERVICE_V6].into_iter().cycle().take(10) {
+            let itself = self.call("web-a.shop", service, 80, "web");
             assert_eq!(
                 itself,
                 Ok(Some(SERVER_ID.to_owned())),

@@ -31,6 +31,19 @@ table ip malha {
     meta l4proto tcp redirect to :15006
   }
 }
+table ip6 malha {
+  chain output {
+    type nat hook output priority -100;
+    meta skgid 1337 oifname lo ip6 daddr != ::1 ip6 saddr != ::6 meta l4proto tcp redirect to :15006
+    meta skgid 1337 return
+    oifname lo ip6 daddr ::1 return
+    meta l4proto tcp redirect to :15001
+  }
+  chain prerouting {
+    type nat hook prerouting priority -100;
+    meta l4proto tcp redirect to :15006
+  }
+}
 ";
 
 pub(super) struct Net {
@@ -54,6 +67,9 @@ impl Net {
                 "root is needed for network namespaces".to_owned()
             }
             Some(program) => format!("{program} is needed"),
+            None if !Path::new("/proc/net/if_inet6").exists() => {
+                "the kernel has no IPv6".to_owned()
+            }
             None => String::new(),
         };
         if !why.is_empty() {
@@ -83,6 +99,7 @@ impl Net {
         ip("link set lo up");
         ip("link add br0 type bridge");
         ip("addr add 10.244.77.254/24 dev br0");
+        ip("-6 addr add fd00:244:77::fe/64 dev br0 nodad");
         ip("link set br0 up");
         for (number, pod) in pods.into_iter().enumerate() {
             let namespace = self.namespace(pod);
@@ -93,12 +110,15 @@ impl Net {
             ));
             ip(&format!("link set {port} master br0"));
             ip(&format!("link set {port} up"));
-            let address = format!("10.244.77.{}/24", number + 1);
+            let number = number + 1;
             for arguments in [
                 "link set lo up".to_owned(),
-                format!("addr add {address} dev eth0"),
+                "-6 addr add ::6/128 dev lo".to_owned(),
+                format!("addr add 10.244.77.{number}/24 dev eth0"),
+                format!("-6 addr add fd00:244:77::{number}/64 dev eth0 nodad"),
                 "link set eth0 up".to_owned(),
                 "route add default via 10.244.77.254".to_owned(),
+                "-6 route add default via fd00:244:77::fe".to_owned(),
             ] {
                 let arguments = format!("ip -n {namespace} {arguments}");
                 run(&arguments.split(' ').collect::<Vec<_>>());
@@ -140,7 +160,7 @@ impl Net {
                 .enable_all()
                 .build();
             runtime.expect("a runtime").block_on(async move {
-                let listener = tokio::net::TcpListener::bind(("0.0.0.0", port)).await;
+                let listener = tokio::net::TcpListener::bind(("::", port)).await;
                 let listener = listener.expect("a free port in a new namespace");
                 ready.send(()).expect("the test waits");
                 while let Ok((connection, _)) = listener.accept().await {
@@ -152,7 +172,10 @@ impl Net {
                             let uri = client.and_then(|parts| {
                                 parts.split(';').find(|part| part.starts_with("URI="))
                             });
-                            let uri = uri.unwrap_or_default().to_owned();
+                            let mut uri = uri.unwrap_or_default().to_owned();
+                            if request.headers().contains_key("x-envoy-retry-on") {
+                                uri += " and a header for proxies";
+                            }
                             let body = Full::new(Bytes::from(uri));
                             Ok::<_, std::convert::Infallible>(Response::new(body))
                         });
@@ -172,7 +195,7 @@ impl Net {
     pub(super) fn serve_greeting(&self, name: &str, port: u16) {
         let (ready, is_ready) = std::sync::mpsc::channel();
         self.inside(name, move || {
-            let listener = std::net::TcpListener::bind(("0.0.0.0", port)).expect("a free port");
+            let listener = std::net::TcpListener::bind(("::", port)).expect("a free port");
             ready.send(()).expect("the test waits");
             for connection in listener.incoming() {
                 let _ = connection.and_then(|mut connection| connection.write_all(b"hello"));
