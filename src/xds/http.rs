@@ -90,7 +90,7 @@ pub(super) fn inbound(
 /// Bytes as they are.
 pub(super) fn tcp(cluster: &str) -> Filter {
     let proxy = TcpProxy {
-        stat_prefix: cluster.to_owned(),
+        stat_prefix: without_dots(cluster),
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
         ..TcpProxy::default()
     };
@@ -136,7 +136,7 @@ fn manager(
         Routes::Inline(routes) => RouteSpecifier::RouteConfig(*routes),
     };
     HttpConnectionManager {
-        stat_prefix: stat_prefix.to_owned(),
+        stat_prefix: without_dots(stat_prefix),
         http_filters: vec![HttpFilter {
             name: "envoy.filters.http.router".to_owned(),
             config_type: Some(http_filter::ConfigType::TypedConfig(
@@ -161,6 +161,11 @@ fn manager(
         route_specifier: Some(route_specifier),
         ..HttpConnectionManager::default()
     }
+}
+
+/// Envoy cuts the prefix out of a counter's name at the first dot; the rest would be another metric for each.
+fn without_dots(prefix: &str) -> String {
+    prefix.replace('.', "_")
 }
 
 fn without_headers(prefix: &str) -> HeaderMutation {
