@@ -40,7 +40,7 @@ pub(super) enum Stranger {
     OtherIdentity {
         pod: ObjectName,
         wanted: String,
-        shown: SpiffeId,
+        shown: String,
     },
     #[error("pod {0} has too many streams open; is its proxy connecting in a loop?")]
     TooManyStreams(ObjectName),
@@ -133,7 +133,7 @@ impl Hub {
             wanted => Err(Stranger::OtherIdentity {
                 pod: pod.clone(),
                 wanted: wanted.map_or_else(|error| error.to_string(), |id| id.to_string()),
-                shown: shown.clone(),
+                shown: shown.to_string(),
             }),
         }
     }

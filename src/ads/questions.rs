@@ -182,7 +182,7 @@ impl Proxy {
             self.envoy_version = other.envoy_version;
             self.connected_since = other.connected_since;
         }
-        self.agent_version = other.agent_version.or(self.agent_version.take());
+        self.agent_version = other.agent_version.or_else(|| self.agent_version.take());
         self.certificate_not_after = self.certificate_not_after.max(other.certificate_not_after);
         self.types.extend(other.types);
     }

@@ -158,7 +158,7 @@ struct Stream {
 
 /// What to do next.
 enum Turn {
-    Request(wire::Request),
+    Request(Box<wire::Request>),
     Look,
     End(Option<Refused>),
 }
@@ -230,7 +230,7 @@ impl Stream {
             () = self.leaving.cancelled() => Turn::End(None),
             () = self.hub.stop.cancelled() => Turn::End(None),
             request = self.requests.message() => match request {
-                Ok(Some(request)) => Turn::Request(request),
+                Ok(Some(request)) => Turn::Request(Box::new(request)),
                 // a connection that broke has nobody to tell
                 Ok(None) | Err(_) => Turn::End(None),
             },

@@ -156,9 +156,9 @@ impl Files {
         let events = names
             .iter()
             .filter(differs)
-            .filter_map(|key| match now.get(*key) {
-                Some(object) => Some(event(key, object).unwrap_or_else(|| gone(key))),
-                None => Some(gone(key)),
+            .map(|key| match now.get(*key) {
+                Some(object) => event(key, object).unwrap_or_else(|| gone(key)),
+                None => gone(key),
             })
             .collect();
         self.told = now;
