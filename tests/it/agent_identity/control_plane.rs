@@ -43,6 +43,7 @@ impl ControlPlane {
             self.directory.to_str().expect("UTF-8"),
             "--webhook-addr=127.0.0.1:0",
             "--admin-addr=127.0.0.1:0",
+            "--query-addr=127.0.0.1:0",
             &ca,
         ]);
         program.wait_for("mesh", START);
