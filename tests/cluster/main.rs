@@ -16,6 +16,7 @@ mod installed;
 mod journal;
 mod lease;
 mod manifests;
+mod mesh;
 mod node;
 mod operator;
 mod outage;
