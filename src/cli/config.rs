@@ -319,7 +319,19 @@ fn read_dump(document: &[u8]) -> anyhow::Result<Resources> {
             resources.insert((kind, name.to_owned()), held_in_dump(entry));
         }
     }
-    Ok(resources)
+    Ok(served_endpoints_only(resources))
+}
+
+/// Envoy lists endpoints for every cluster, those that find their own included: nobody sends them these.
+fn served_endpoints_only(mut resources: Resources) -> Resources {
+    let finds_its_own = |held: &Held| held.body["type"] != "EDS";
+    let own: BTreeSet<_> = resources
+        .iter()
+        .filter(|((kind, _), held)| *kind == Kind::Cluster && finds_its_own(held))
+        .map(|((_, name), _)| (Kind::Endpoints, name.clone()))
+        .collect();
+    resources.retain(|key, _| !own.contains(key));
+    resources
 }
 
 /// Where each kind keeps the resource itself.
@@ -579,12 +591,13 @@ mod tests {
             ],
             "clusters": [
                 { "version_info": "00000000000000d1", "cluster": {
-                    "name": "outbound|8080||web.shop.svc.cluster.local",
+                    "name": "outbound|8080||web.shop.svc.cluster.local", "type": "EDS",
                     "transport_socket": { "typed_config": { "private_key": { "inline_bytes": "c2VjcmV0" } } },
                 } },
                 { "version_info": "00000000000000e1", "cluster": { "name": "outbound|80||old.shop.svc.cluster.local" } },
             ],
             "endpoints": [
+                { "endpoint_config": { "cluster_name": "outbound|80||old.shop.svc.cluster.local" } },
                 { "endpoint_config": {
                     "cluster_name": "outbound|8080||web.shop.svc.cluster.local",
                     "endpoints": [{ "lb_endpoints": [{ "endpoint": { "address": { "socket_address": {

@@ -246,13 +246,11 @@ impl Report {
                         ..proxy
                     };
                     let key = (proxy.namespace.clone(), proxy.pod.clone());
-                    // One that moved from replica to replica is known to both for a moment.
-                    let older = proxies
-                        .get(&key)
-                        .is_some_and(|known| known.connected_since >= proxy.connected_since);
-                    if !older {
-                        proxies.insert(key, proxy);
-                    }
+                    let proxy = match proxies.remove(&key) {
+                        Some(known) => known.join(proxy),
+                        None => proxy,
+                    };
+                    proxies.insert(key, proxy);
                 }),
             }
         }
@@ -344,13 +342,40 @@ impl Proxy {
         }
     }
 
+    /// What two replicas tell of one pod. Envoy and the agent have a stream each, which may end at different replicas;
+    /// one that moved from replica to replica is known to both for a moment, and then the newer one counts.
+    fn join(self, other: Self) -> Self {
+        let (older, newer) = match self.connected_since <= other.connected_since {
+            true => (self, other),
+            false => (other, self),
+        };
+        let mut types = older.types.clone();
+        types.extend(newer.types.clone());
+        let certificate_not_after = older.certificate_not_after.max(newer.certificate_not_after);
+        let of_envoy = match (&older.envoy_version, &newer.envoy_version) {
+            (Some(_), None) => older,
+            _ => newer,
+        };
+        Self {
+            types,
+            certificate_not_after,
+            ..of_envoy
+        }
+    }
+
     /// The worst of its types; `None` where it is connected to nobody.
     fn state(&self) -> Option<State> {
         self.replica.as_ref()?;
-        // A proxy that has not asked for anything yet waits for everything.
+        let awaited = self.awaited().next().map(|_| State::Pending);
         let states = self.types.values().map(|subscription| subscription.state);
-        let worst = states.max_by_key(|state| state.badness());
-        Some(worst.unwrap_or(State::Pending))
+        let worst = states.chain(awaited).max_by_key(|state| state.badness());
+        Some(worst.unwrap_or(State::Synced))
+    }
+
+    /// What every Envoy asks for and this one has not yet: the agent's own stream does not make a proxy.
+    fn awaited(&self) -> impl Iterator<Item = &'static str> {
+        let asked_for = |name: &&str| !self.types.contains_key(*name);
+        ["cds", "lds"].into_iter().filter(asked_for)
     }
 
     fn row(&self, wide: bool, now: Timestamp, some_unasked: bool) -> Vec<String> {
@@ -381,11 +406,10 @@ impl Proxy {
             Some(State::Synced) => "synced".to_owned(),
             Some(worst) => {
                 let of_worst = self.types.iter().filter(|(_, s)| s.state == worst);
-                let names: Vec<_> = of_worst.map(|(name, _)| name.as_str()).collect();
-                match names.as_slice() {
-                    [] => worst.word().to_owned(),
-                    names => format!("{} ({})", worst.word(), names.join(",")),
-                }
+                let mut names: Vec<_> = of_worst.map(|(name, _)| name.as_str()).collect();
+                names.extend(self.awaited().filter(|_| worst == State::Pending));
+                names.sort_unstable();
+                format!("{} ({})", worst.word(), names.join(","))
             }
         }
     }
@@ -581,6 +605,36 @@ shop/web-1    spiffe://cluster.local/ns/shop/sa/web   11 h 30 min   pending (lds
     }
 
     #[test]
+    fn envoy_and_agent_at_different_replicas_are_one_proxy() {
+        let agent = json!({
+            "namespace": "shop", "pod": "web-1",
+            "identity": "spiffe://cluster.local/ns/shop/sa/web",
+            "connectedSince": "2026-03-01T11:30:00Z",
+            "certificateNotAfter": "2026-03-02T11:30:00Z",
+            "types": { "sds": { "state": "synced", "resources": 1 } },
+        });
+        let envoy = proxy("web-1", "2026-03-01T10:00:00Z", synced());
+        let told = |first: Value, second: Value| {
+            let said = vec![said("a", json!([first])), said("b", json!([second]))];
+            text(&Report::of(said, &[]).expect("asked"), true)
+        };
+        let (one, other) = (
+            told(agent.clone(), envoy.clone()),
+            told(envoy, agent.clone()),
+        );
+        for text in [&one, &other] {
+            assert!(
+                text.contains("23 h 30 min   synced   1.40.0    2 h "),
+                "{text}"
+            );
+            assert!(text.contains("cds 12, lds 3, sds 1"), "{text}");
+        }
+        // the agent alone is no proxy
+        let alone = Report::of(vec![said("a", json!([agent]))], &[]).expect("asked");
+        assert!(text(&alone, false).contains("pending (cds,lds)"));
+    }
+
+    #[test]
     fn states_and_fields_of_another_version_do_not_stop_the_list() {
         let items = json!([
             { "namespace": "a", "pod": "b", "types": { "ecds": { "state": "warming" } }, "zone": "z" },
@@ -590,7 +644,7 @@ shop/web-1    spiffe://cluster.local/ns/shop/sa/web   11 h 30 min   pending (lds
         let text = text(&report, false);
         assert!(text.contains("unknown (ecds)"), "{text}");
         assert!(
-            text.contains("a/c   -          -           pending"),
+            text.contains("a/c   -          -           pending (cds,lds)"),
             "{text}"
         );
     }

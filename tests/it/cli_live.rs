@@ -98,7 +98,7 @@ fn proxies(state: &str) -> Value {
         "connectedSince": "2019-12-31T12:00:00Z",
         "envoyVersion": "1.40.0",
         "certificateNotAfter": "2020-01-01T00:00:00Z",
-        "types": { "lds": { "state": state, "resources": 3, "lastAck": "2019-12-31T12:00:01Z" } },
+        "types": { "cds": { "state": "synced", "resources": 9 }, "lds": { "state": state, "resources": 3, "lastAck": "2019-12-31T12:00:01Z" } },
     }] })
 }
 
