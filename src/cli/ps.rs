@@ -406,7 +406,7 @@ impl Proxy {
             Some(State::Synced) => "synced".to_owned(),
             Some(worst) => {
                 let of_worst = self.types.iter().filter(|(_, s)| s.state == worst);
-                let mut names: Vec<_> = of_worst.map(|(name, _)| name.as_str()).collect();
+                let mut names: Vec<&str> = of_worst.map(|(name, _)| name.as_str()).collect();
                 names.extend(self.awaited().filter(|_| worst == State::Pending));
                 names.sort_unstable();
                 format!("{} ({})", worst.word(), names.join(","))
