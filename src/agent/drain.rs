@@ -116,9 +116,8 @@ pub fn open(stats: &str) -> Vec<(String, u64)> {
 }
 
 fn is_the_applications(gauge: &str) -> bool {
-    let (whose, name) = match gauge.split_once('.') {
-        Some(parts) => parts,
-        None => return false,
+    let Some((whose, name)) = gauge.split_once('.') else {
+        return false;
     };
     let is_ours = || name.starts_with("admin.") || name.starts_with("metrics.");
     match whose {

@@ -250,7 +250,10 @@ struct Both {
 
 async fn ask(args: &Args) -> Result<Both, Failure> {
     let cluster = args.control_plane.cluster.connect().await?;
-    let namespace = args.namespace.as_deref().unwrap_or(cluster.namespace());
+    let namespace = args
+        .namespace
+        .as_deref()
+        .unwrap_or_else(|| cluster.namespace());
     let pod = cluster.pod(namespace, &args.pod).await?;
     let name = PodName::of(&pod);
     if !cluster::has_sidecar(&pod) {

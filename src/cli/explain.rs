@@ -292,7 +292,7 @@ fn is_meshed(reason: Reason) -> bool {
 impl Subject {
     /// The sidecar is in it, or would be.
     fn is_meshed(&self) -> bool {
-        self.sidecar.unwrap_or(is_meshed(self.way.reason))
+        self.sidecar.unwrap_or_else(|| is_meshed(self.way.reason))
     }
 
     /// The pod as a typed object that says its name and namespace.

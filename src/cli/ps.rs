@@ -407,7 +407,10 @@ impl Proxy {
             Some(worst) => {
                 let of_worst = self.types.iter().filter(|(_, s)| s.state == worst);
                 let mut names: Vec<&str> = of_worst.map(|(name, _)| name.as_str()).collect();
-                names.extend(self.awaited().filter(|_| worst == State::Pending));
+                if worst == State::Pending {
+                    // One by one: `extend` would ask the other names to live as long as these.
+                    self.awaited().for_each(|name| names.push(name));
+                }
                 names.sort_unstable();
                 format!("{} ({})", worst.word(), names.join(","))
             }

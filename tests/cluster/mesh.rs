@@ -181,7 +181,7 @@ async fn a_server_is_reached_by_every_name_it_has_and_sees_who_calls() {
         format!("{pod_ip}:8080"),
     ] {
         let url = format!("http://{address}/{path}");
-        until(
+        let _ = until(
             &format!("{url} shows {caller}"),
             |seen: &Result<String, String>| seen.as_ref().is_ok_and(|seen| seen.contains(&caller)),
             async || curl(&shop.mesh, "pod/client", "client", &[&url]).await,
@@ -214,7 +214,7 @@ async fn grpc_and_http2_cross_the_mesh() {
     let call = "printf '\\000\\000\\000\\000\\000' | curl -sS --max-time 10 --http2-prior-knowledge --data-binary @- \
         -H 'content-type: application/grpc' -H 'te: trailers' \
         http://web:5000/grpc.health.v1.Health/Check | od -An -tx1";
-    until(
+    let _ = until(
         "the gRPC server says SERVING",
         |answer: &Result<String, String>| {
             let bytes = answer.as_deref().unwrap_or_default();
@@ -296,7 +296,7 @@ impl Capture {
     async fn until(&mut self, words: &str) -> String {
         let read =
             || std::fs::read(&self.text).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        until(
+        let seen = until(
             &format!("tcpdump shows {words}"),
             |seen: &String| seen.contains(words),
             async || read().unwrap_or_default(),
@@ -323,14 +323,14 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
     );
 
     shop.mesh.apply(STRICT).await;
-    until(
+    let _ = until(
         "plaintext is refused",
         |answer: &Result<_, _>| answer.is_err(),
         from_outside,
     )
     .await;
     let refused = async || shop.counter("envoy_listener_no_filter_chain_match").await;
-    until(
+    let _ = until(
         "plaintext without a chain is counted",
         |count| *count > 0.0,
         refused,
@@ -341,7 +341,7 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
     let nobody = curl(&outside, "pod/outsider", "client", &["-k", &tls]).await;
     assert!(nobody.is_err(), "TLS without a certificate: {nobody:?}");
     let refused = async || shop.counter("envoy_listener_ssl_fail_verify_no_cert").await;
-    until(
+    let _ = until(
         "the missing certificate is counted",
         |count| *count > 0.0,
         refused,
@@ -362,7 +362,7 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
         "a certificate of another root: {stranger:?}"
     );
     let refused = async || shop.counter("envoy_listener_ssl_fail_verify_error").await;
-    until(
+    let _ = until(
         "the foreign certificate is counted",
         |count| *count > 0.0,
         refused,
@@ -388,13 +388,13 @@ async fn a_ports_mode_is_stronger_than_its_namespaces_and_probes_pass_in_every_m
     for (port, takes_plaintext) in [("DISABLE", true), ("STRICT", false), ("PERMISSIVE", true)] {
         shop.mesh.apply(STRICT).await;
         shop.mesh.apply(&port_mode(port)).await;
-        until(
+        let _ = until(
             &format!("plaintext under {port} is taken: {takes_plaintext}"),
             |answer: &Result<_, _>| answer.is_ok() == takes_plaintext,
             from_outside,
         )
         .await;
-        until(
+        let _ = until(
             "the mesh goes on",
             |answer: &Result<_, _>| answer.is_ok(),
             inside,

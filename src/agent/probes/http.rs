@@ -104,7 +104,7 @@ impl Target {
         }
         let next = Self {
             scheme,
-            port: uri.port_u16().unwrap_or(scheme.default_port()),
+            port: uri.port_u16().unwrap_or_else(|| scheme.default_port()),
             path: uri
                 .path_and_query()
                 .map_or_else(|| "/".to_owned(), ToString::to_string),

@@ -171,7 +171,7 @@ fn a_proxy_that_began_anew_is_counted_from_its_start() {
 #[test]
 fn without_calls_in_the_window_there_is_no_success_to_tell() {
     let web = scraped("web-1", &[BY_WEB], &[BY_WEB]);
-    let text = lines(&[web.clone()], false, false);
+    let text = lines(std::slice::from_ref(&web), false, false);
     assert!(text.ends_with("0.0   -         -\n"), "{text}");
     let text = lines(&[web], false, true);
     assert!(

@@ -146,7 +146,7 @@ pub(super) async fn look(
     let cluster = place.cluster.connect().await?;
     let namespace = match target.kind {
         Kind::Namespace => target.name.clone(),
-        _ => namespace.unwrap_or(cluster.namespace()).to_owned(),
+        _ => namespace.unwrap_or_else(|| cluster.namespace()).to_owned(),
     };
     let facts = namespace_of(&cluster, &namespace).await?;
     let objects = objects(&cluster, &namespace, target).await?;
