@@ -430,7 +430,7 @@ fn probes_are_answered_before_envoy_is_ready_and_failed_handlers_break_off() {
     let sidecar = Sidecar::start(&envoy, &[("MALHA_PROBES", &probes)]);
     let port = sidecar.ports.agent;
     until("listening", || {
-        try_get(port, "/").map(drop).ok_or("no".to_owned())
+        try_get(port, "/").map(drop).ok_or_else(|| "no".to_owned())
     });
     assert_eq!(get(port, "/app-health/web/livez").0, 204);
     let (status, text) = get(port, "/app-health/web/readyz");

@@ -60,9 +60,12 @@ fn what_enters_the_pod_comes_to_the_proxy_with_its_destination() {
     let scene = scene(&json!({"excludeInboundPorts": [22, 15020, 15021, 15090]}));
     for family in BOTH {
         let pod = POD[family];
-        assert_eq!(scene.from_world(pod, 8080), landed("inbound", pod, 8080));
+        assert_eq!(
+            scene.call_from_world(pod, 8080),
+            landed("inbound", pod, 8080)
+        );
         for port in [22, 15021] {
-            assert_eq!(scene.from_world(pod, port), landed("app", pod, port));
+            assert_eq!(scene.call_from_world(pod, port), landed("app", pod, port));
         }
     }
 }
@@ -75,10 +78,13 @@ fn only_the_named_ports_are_captured_inbound() {
     let scene = scene(&json!({"includeInboundPorts": [8080, 15021]}));
     for family in BOTH {
         let pod = POD[family];
-        assert_eq!(scene.from_world(pod, 8080), landed("inbound", pod, 8080));
-        assert_eq!(scene.from_world(pod, 22), landed("app", pod, 22));
+        assert_eq!(
+            scene.call_from_world(pod, 8080),
+            landed("inbound", pod, 8080)
+        );
+        assert_eq!(scene.call_from_world(pod, 22), landed("app", pod, 22));
         // Named and excluded: excluded, because the agent's ports must never be captured.
-        assert_eq!(scene.from_world(pod, 15021), landed("app", pod, 15021));
+        assert_eq!(scene.call_from_world(pod, 15021), landed("app", pod, 15021));
     }
 }
 
@@ -91,9 +97,9 @@ fn what_the_application_sends_comes_to_the_proxy_and_what_the_proxy_sends_goes_o
     for family in BOTH {
         for address in [WORLD[family], FAR[family]] {
             let outbound = landed("outbound", address, 80);
-            assert_eq!(scene.from_pod(APP, address, 80), outbound);
+            assert_eq!(scene.call_from_pod(APP, address, 80), outbound);
             let root = Who { uid: 0, gid: 0 };
-            assert_eq!(scene.from_pod(root, address, 80), outbound);
+            assert_eq!(scene.call_from_pod(root, address, 80), outbound);
             // By the group: a proxy of another user is one all the same, another group of its user is not.
             let group = Who {
                 uid: 5000,
@@ -105,9 +111,9 @@ fn what_the_application_sends_comes_to_the_proxy_and_what_the_proxy_sends_goes_o
             };
             for proxy in [PROXY, group] {
                 let world = landed("world", address, 80);
-                assert_eq!(scene.from_pod(proxy, address, 80), world);
+                assert_eq!(scene.call_from_pod(proxy, address, 80), world);
             }
-            assert_eq!(scene.from_pod(user, address, 80), outbound);
+            assert_eq!(scene.call_from_pod(user, address, 80), outbound);
         }
         assert!(scene.datagram_arrives(family), "UDP is left alone");
     }
@@ -124,17 +130,20 @@ fn a_pod_that_calls_itself_meets_the_inbound_side_only_through_its_proxy() {
         let app = landed("app", pod, 8080);
         // The proxy was load-balanced to its own pod: TLS, which its inbound side must end.
         let inbound = landed("inbound", pod, 8080);
-        assert_eq!(scene.from_pod(PROXY, pod, 8080), inbound);
+        assert_eq!(scene.call_from_pod(PROXY, pod, 8080), inbound);
         // The inbound side passes it on.
         let passed_on = PASSED_ON[family];
-        assert_eq!(scene.from_pod_as(PROXY, passed_on, pod, 8080), app);
+        assert_eq!(scene.call_from_pod_as(PROXY, passed_on, pod, 8080), app);
         // A port that is not captured from outside is not captured here.
-        assert_eq!(scene.from_pod(PROXY, pod, 15021), landed("app", pod, 15021));
+        assert_eq!(
+            scene.call_from_pod(PROXY, pod, 15021),
+            landed("app", pod, 15021)
+        );
         // The application itself, and everybody by loopback.
-        assert_eq!(scene.from_pod(APP, pod, 8080), app);
+        assert_eq!(scene.call_from_pod(APP, pod, 8080), app);
         for who in [APP, PROXY] {
             let by_loopback = landed("app", localhost, 8080);
-            assert_eq!(scene.from_pod(who, localhost, 8080), by_loopback);
+            assert_eq!(scene.call_from_pod(who, localhost, 8080), by_loopback);
         }
     }
 }
@@ -155,12 +164,21 @@ fn outbound_ports_ranges_and_users_are_left_alone() {
     for family in BOTH {
         let (near, far) = (WORLD[family], FAR[family]);
         assert_eq!(
-            scene.from_pod(other, near, 80),
+            scene.call_from_pod(other, near, 80),
             landed("outbound", near, 80)
         );
-        assert_eq!(scene.from_pod(other, near, 25), landed("world", near, 25));
-        assert_eq!(scene.from_pod(other, far, 80), landed("world", far, 80));
-        assert_eq!(scene.from_pod(APP, near, 80), landed("world", near, 80));
+        assert_eq!(
+            scene.call_from_pod(other, near, 25),
+            landed("world", near, 25)
+        );
+        assert_eq!(
+            scene.call_from_pod(other, far, 80),
+            landed("world", far, 80)
+        );
+        assert_eq!(
+            scene.call_from_pod(APP, near, 80),
+            landed("world", near, 80)
+        );
     }
 }
 
@@ -175,11 +193,17 @@ fn outbound_ports_are_captured_whatever_their_address_and_ranges_whatever_their_
     for family in BOTH {
         let (near, far) = (WORLD[family], FAR[family]);
         assert_eq!(
-            scene.from_pod(APP, near, 443),
+            scene.call_from_pod(APP, near, 443),
             landed("outbound", near, 443)
         );
-        assert_eq!(scene.from_pod(APP, near, 80), landed("world", near, 80));
-        assert_eq!(scene.from_pod(APP, far, 80), landed("outbound", far, 80));
+        assert_eq!(
+            scene.call_from_pod(APP, near, 80),
+            landed("world", near, 80)
+        );
+        assert_eq!(
+            scene.call_from_pod(APP, far, 80),
+            landed("outbound", far, 80)
+        );
     }
 }
 
@@ -191,8 +215,11 @@ fn an_interface_is_left_alone_both_ways() {
     let scene = scene(&json!({"excludeInterfaces": ["eth0"]}));
     for family in BOTH {
         let (pod, world) = (POD[family], WORLD[family]);
-        assert_eq!(scene.from_world(pod, 8080), landed("app", pod, 8080));
-        assert_eq!(scene.from_pod(APP, world, 80), landed("world", world, 80));
+        assert_eq!(scene.call_from_world(pod, 8080), landed("app", pod, 8080));
+        assert_eq!(
+            scene.call_from_pod(APP, world, 80),
+            landed("world", world, 80)
+        );
     }
 }
 
@@ -207,11 +234,11 @@ fn without_ipv6_its_rules_are_left_out_and_ipv4_works() {
     init(&scene.pod, &["--check", &argument]).must(0, "IPv4 checked");
     assert!(!listed(&scene.pod).contains("ip6"));
     assert_eq!(
-        scene.from_world(POD[0], 8080),
+        scene.call_from_world(POD[0], 8080),
         landed("inbound", POD[0], 8080)
     );
     assert_eq!(
-        scene.from_pod(APP, FAR[0], 80),
+        scene.call_from_pod(APP, FAR[0], 80),
         landed("outbound", FAR[0], 80)
     );
 }
@@ -224,11 +251,11 @@ fn a_pod_with_ipv6_only_is_redirected() {
     let scene = Scene::with_families(&[1]);
     init(&scene.pod, &[&argument(&json!({}))]).must(0, "IPv6 redirected");
     assert_eq!(
-        scene.from_world(POD[1], 8080),
+        scene.call_from_world(POD[1], 8080),
         landed("inbound", POD[1], 8080)
     );
     assert_eq!(
-        scene.from_pod(APP, FAR[1], 80),
+        scene.call_from_pod(APP, FAR[1], 80),
         landed("outbound", FAR[1], 80)
     );
 }
@@ -277,8 +304,8 @@ fn no_connection_slips_through_while_the_rules_are_replaced() {
         for _ in 0..100 {
             for family in BOTH {
                 let (pod, world) = (POD[family], WORLD[family]);
-                assert_eq!(scene.from_world(pod, 8080).at, "inbound");
-                assert_eq!(scene.from_pod(APP, world, 80).at, "outbound");
+                assert_eq!(scene.call_from_world(pod, 8080).at, "inbound");
+                assert_eq!(scene.call_from_pod(APP, world, 80).at, "outbound");
             }
         }
         done.store(true, Ordering::Relaxed);

@@ -229,18 +229,24 @@ impl Scene {
     }
 
     /// Somebody in the pod opens a connection.
-    pub(super) fn from_pod(&self, who: Who, address: &str, port: u16) -> Landed {
+    pub(super) fn call_from_pod(&self, who: Who, address: &str, port: u16) -> Landed {
         self.connect(&self.pod, who, None, to(address, port))
     }
 
     /// The same from an address of the pod.
-    pub(super) fn from_pod_as(&self, who: Who, source: &str, address: &str, port: u16) -> Landed {
+    pub(super) fn call_from_pod_as(
+        &self,
+        who: Who,
+        source: &str,
+        address: &str,
+        port: u16,
+    ) -> Landed {
         let source = source.parse().expect("an address");
         self.connect(&self.pod, who, Some(source), to(address, port))
     }
 
     /// The world calls the pod.
-    pub(super) fn from_world(&self, address: &str, port: u16) -> Landed {
+    pub(super) fn call_from_world(&self, address: &str, port: u16) -> Landed {
         self.connect(&self.world, APP, None, to(address, port))
     }
 

@@ -36,9 +36,8 @@ impl Scene {
 
     /// Whether the same question over gRPC comes to the same as `answer` over JSON.
     pub(super) async fn agrees(&self, token: &str, csr: &[u8], answer: &Answer, case: &str) {
-        let status = match self.call(token, csr).await {
-            Ok(_) => return assert_eq!(answer.status, StatusCode::CREATED, "{case}"),
-            Err(status) => status,
+        let Err(status) = self.call(token, csr).await else {
+            return assert_eq!(answer.status, StatusCode::CREATED, "{case}");
         };
         let want = match answer.status.as_u16() {
             400 => Code::InvalidArgument,
@@ -237,11 +236,11 @@ async fn nobody_gets_a_certificate_for_somebody_else() {
             ..asking_for(&good)
         };
         let answer = scene.create(&[("authorization", &bearer)], asked).await;
-        let verdict = answer.map(drop);
-        let verdict = verdict
-            .as_ref()
-            .map(|()| ())
-            .map_err(|status| (status.code(), code(status)));
+        let answer = answer.map(drop);
+        let verdict = match &answer {
+            Ok(()) => Ok(()),
+            Err(status) => Err((status.code(), code(status))),
+        };
         assert_eq!(verdict, want, "{name}");
     }
 }

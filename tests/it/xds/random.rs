@@ -158,8 +158,8 @@ fn service(number: u8, app: &str, [a, b, c, d]: [u8; 4]) -> Service {
 fn slice(namespace: &str, app: &str, [a, b, c, d]: [u8; 4]) -> Slice {
     let endpoint = |n: u8, dice: u8| Endpoint {
         address: format!("10.244.7.{n}").parse().expect("an address"),
-        pod: (dice % 4 != 0).then(|| ObjectName::new(namespace, &format!("{app}-{n}"))),
-        health: if dice % 3 == 0 {
+        pod: (!dice.is_multiple_of(4)).then(|| ObjectName::new(namespace, &format!("{app}-{n}"))),
+        health: if dice.is_multiple_of(3) {
             Health::Draining
         } else {
             Health::Healthy
