@@ -4,6 +4,7 @@
 //! ```text
 //! AdmissionReview -> webhook -> inject -> JSON Patch
 //! CSR + token     -> signing -> ca     -> certificate chain
+//! Services, endpoints, pods, policies -> mesh -> xds -> ads -> each pod's Envoy
 //! token, new key  -> agent::identity -> Envoy's SDS, the SPIFFE Workload API
 //! capture settings -> redirect -> netlink -> rules in the pod's kernel (`malha-init`)
 //! tick            -> custody -> ca::rotation::step -> journal (Secret or file) -> everyone who holds an authority
