@@ -11,9 +11,12 @@
 //! median of at least five rounds, with the range beside it.
 
 mod clock;
+#[path = "../../tests/support/delta.rs"]
+mod delta;
 mod inject;
 mod issue;
 mod load;
+mod mesh;
 mod pods;
 mod serve;
 
@@ -68,4 +71,5 @@ fn main() {
     inject::run(&bench);
     issue::run(&bench);
     serve::run(&bench);
+    mesh::run(&bench);
 }

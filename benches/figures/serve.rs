@@ -167,26 +167,32 @@ fn stay_on(cores: usize) {
     sched_setaffinity(own, &kept).expect("fewer cores are always granted");
 }
 
-struct Server {
+pub(crate) struct Server {
     child: Child,
     webhook: SocketAddr,
-    roots_pem: Vec<u8>,
+    pub(crate) ca: SocketAddr,
+    pub(crate) roots_pem: Vec<u8>,
     ready_after: Duration,
 }
 
 impl Server {
     /// Starts one in `directory` and waits until it listens.
     fn start(directory: &Path) -> Self {
+        Self::start_at(directory, "127.0.0.1:0")
+    }
+
+    /// As [`Self::start`], with the signer at an address.
+    pub(crate) fn start_at(directory: &Path, ca: &str) -> Self {
         let addresses = directory.join("addresses.json");
         let start = Instant::now();
         let mut child = Command::new(env!("CARGO_BIN_EXE_malha"))
             .args([
                 "serve",
                 "--webhook-addr=127.0.0.1:0",
-                "--ca-addr=127.0.0.1:0",
                 "--admin-addr=127.0.0.1:0",
                 "--query-addr=127.0.0.1:0",
             ])
+            .arg(format!("--ca-addr={ca}"))
             .arg("--standalone")
             .arg(directory)
             .env("TOKIO_WORKER_THREADS", CORES.to_string())
@@ -208,20 +214,22 @@ impl Server {
         };
         let ready_after = start.elapsed();
         let said: serde_json::Value = serde_json::from_slice(&text).expect("addresses");
-        let webhook = said["webhook"]
-            .as_str()
-            .and_then(|addr| addr.parse().ok())
-            .expect("the webhook's address");
+        let address = |port: &str| {
+            let addr = said[port].as_str();
+            addr.and_then(|addr| addr.parse().ok()).expect("an address")
+        };
+        let (webhook, ca) = (address("webhook"), address("ca"));
         let roots_pem = fs::read(directory.join("bundle.pem")).expect("the trust bundle");
         Self {
             child,
             webhook,
+            ca,
             roots_pem,
             ready_after,
         }
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 

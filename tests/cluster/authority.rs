@@ -331,7 +331,7 @@ pub(crate) async fn ca_bundles(cluster: &Cluster) -> Vec<String> {
         .collect()
 }
 
-async fn ca_bundle(cluster: &Cluster) -> String {
+pub(crate) async fn ca_bundle(cluster: &Cluster) -> String {
     let bundles = ca_bundles(cluster).await;
     let first = bundles.first().expect("four entries").clone();
     assert!(

@@ -5,10 +5,13 @@ mod admission;
 mod authority;
 mod bench_mesh;
 mod ca_bundle;
+#[path = "../support/delta.rs"]
+mod delta;
 #[path = "../support/dice.rs"]
 mod dice;
 #[path = "../support/envoy.rs"]
 mod envoy;
+mod feed;
 mod generated;
 #[path = "../support/pods.rs"]
 mod generator;

@@ -197,9 +197,10 @@ async fn a_server_is_reached_by_every_name_it_has_and_sees_who_calls() {
     )
     .await;
     assert_eq!(raw.as_deref(), Ok("web"));
-    // A pod that calls its own Service is balanced to itself.
+    // A pod that calls its own Service is balanced to itself. (By its short name it would find itself in /etc/hosts.)
+    let service = format!("http://web.{namespace}.svc.cluster.local/hostname");
     for _ in 0..20 {
-        let own = curl(&shop.mesh, "pod/web", "shell", &["http://web/hostname"]).await;
+        let own = curl(&shop.mesh, "pod/web", "shell", &[&service]).await;
         assert_eq!(own.as_deref(), Ok("web"));
     }
 }
@@ -348,15 +349,24 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
     )
     .await;
 
-    let stranger = format!(
-        "cd /tmp && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout k -out c -subj / \
-         -addext subjectAltName=URI:spiffe://cluster.local/ns/{}/sa/client 2>/dev/null && \
-         curl -sS --fail --max-time 10 -k --cert c --key k {tls}",
+    let make_stranger = format!(
+        "cd /tmp && printf '[req]\\ndistinguished_name=name\\n[name]\\n' >config && openssl req -config config -x509 \
+         -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -out certificate -subj / -addext \
+         subjectAltName=URI:spiffe://cluster.local/ns/{}/sa/client",
         shop.mesh.name()
     );
-    let stranger = outside
-        .exec("pod/outsider", "client", &["sh", "-c", &stranger])
-        .await;
+    let shell = ["sh", "-c", &make_stranger];
+    let made = outside.exec("pod/outsider", "client", &shell).await;
+    made.expect("a certificate of another root with the client's name");
+    let certificate = [
+        "-k",
+        "--cert",
+        "/tmp/certificate",
+        "--key",
+        "/tmp/key",
+        &tls,
+    ];
+    let stranger = curl(&outside, "pod/outsider", "client", &certificate).await;
     assert!(
         stranger.is_err(),
         "a certificate of another root: {stranger:?}"

@@ -230,6 +230,8 @@ async fn who_may_not_look_is_told_what_was_left_out() {
     operator.pod("web", true).await;
     operator.label().await;
     let namespace = &operator.namespace;
+    let account = ["-n", namespace, "create", "serviceaccount", "looker"];
+    operator.kubectl(&account, None).await;
     let kubeconfig = operator.cluster.service_account(namespace, "looker").await;
     let rules = ["--verb=get", "--verb=list", "--resource=pods"];
     let role = ["-n", namespace, "create", "role", "look"];
