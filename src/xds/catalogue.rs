@@ -598,8 +598,15 @@ impl Catalogue {
             let body = cluster::inbound(&name);
             Arc::new(resource(name.into(), body, None))
         });
+        let policy = pod.policy.clone().map(|name| ObjectRef {
+            kind: "PeerAuthentication",
+            name,
+        });
         Own {
-            listener: listener(made).into(),
+            listener: Arc::new(Resource {
+                source: policy,
+                ..listener(made)
+            }),
             clusters: clusters.collect(),
         }
     }
@@ -619,9 +626,13 @@ impl Catalogue {
             mode: policies.at(Some(number)).0,
             service,
         };
+        let deciding = ports.keys().map(|port| policies.at(Some(*port)).1);
+        let (mode, policy) = policies.at(None);
+        let policy = policy.or_else(|| deciding.flatten().next()).cloned();
         inbound::Pod {
             families: Families::of(pod),
-            mode: policies.at(None).0,
+            mode,
+            policy,
             version: service::version(pod).cloned(),
             ports: ports.into_iter().map(port).collect(),
         }

@@ -39,6 +39,9 @@ pub(super) struct Pod {
     pub(super) families: Families,
     /// Mode of ports that nobody names.
     pub(super) mode: Mode,
+    /// The PeerAuthentication that decides it, else the one of the first port that one decides: whom to tell what became
+    /// of the listener.
+    pub(super) policy: Option<ObjectName>,
     /// Label `version`.
     pub(super) version: Option<String>,
     /// By number, each once.

@@ -235,4 +235,18 @@ endpoints:
         }
         client.settle(QUIET).await;
     }
+
+    // the leader counts the proxies that are connected to it
+    apply(cluster, &namespace, EXPLAINED_04).await;
+    let told = async {
+        for client in &mut clients {
+            client.settle(Duration::from_secs(3)).await;
+        }
+    };
+    let acked = condition(cluster, &namespace, "Programmed", "Acked");
+    let ((), message) = tokio::join!(told, acked);
+    assert!(
+        message.starts_with("1/1 proxies (of those connected to "),
+        "{message}"
+    );
 }

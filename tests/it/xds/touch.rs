@@ -165,6 +165,27 @@ fn a_policy_touches_whom_it_binds() {
 }
 
 #[test]
+fn a_listener_names_the_policy_that_it_was_made_from() {
+    let mut catalogue = shop();
+    let blamed = |catalogue: &Catalogue, namespace: &str, pod: &str| {
+        let listener = catalogue.find(
+            &ObjectName::new(namespace, pod),
+            Kind::Listener,
+            "virtualInbound",
+        );
+        listener.expect("the inbound listener").source.clone()
+    };
+    assert_eq!(blamed(&catalogue, "shop", "web-a"), None);
+    catalogue.apply([policy("shop", "{mtls: {mode: STRICT}}")]);
+    let source = blamed(&catalogue, "shop", "web-a").expect("a policy");
+    assert_eq!(
+        (source.kind, &*source.name.namespace),
+        ("PeerAuthentication", "shop")
+    );
+    assert_eq!(blamed(&catalogue, "jobs", "batch"), None);
+}
+
+#[test]
 fn a_port_that_changes_its_protocol_moves_from_routes_to_a_listener() {
     let mut shop = shop();
     let touched = shop.apply([changed(|event| match event {
