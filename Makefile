@@ -137,7 +137,8 @@ certs: needs-rust ## Make development certificates in certs/dev
 .PHONY: test test-unit test-cluster test-node rig
 test: test-unit test-cluster test-node ## Run every test, from nothing
 
-test-unit: needs-rust needs-clients needs-namespaces ## Run the tests that need no cluster
+test-unit: needs-rust needs-clients needs-namespaces needs-envoy ## Run the tests that need no cluster
+	@tests/support/envoy >/dev/null
 	$(CARGO) test --locked --lib --bins --test it $(ARGS)
 	$(CARGO) test --locked --doc $(ARGS)
 
