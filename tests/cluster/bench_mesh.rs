@@ -155,7 +155,7 @@ struct Container {
 impl Stage {
     async fn set(node: &'static Node, prefix: &str, labels: &[(&str, &str)]) -> Self {
         let namespace = node.namespace(prefix, labels).await;
-        namespace.apply(WEB_AND_CLIENT).await;
+        namespace.apply(node::WEB_AND_CLIENT).await;
         namespace.ready("pod/web").await;
         namespace.ready("pod/client").await;
         let address = ["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"];
@@ -427,32 +427,4 @@ apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: {name: default}
 spec: {mtls: {mode: STRICT}}
-"#;
-
-const WEB_AND_CLIENT: &str = r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: web, labels: {app: web}}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: web
-    image: rig.local/agnhost:1
-    args: [netexec, --http-port=8080]
-    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - {name: client, image: "rig.local/tools:1", command: [sleep, "100000"]}
 "#;

@@ -32,7 +32,7 @@ async fn pods_find_each_other_by_the_name_of_a_service() {
         return;
     };
     let plain = node.namespace("plain", &[]).await;
-    plain.apply(WEB_AND_CLIENT).await;
+    plain.apply(node::WEB_AND_CLIENT).await;
     plain.ready("pod/web").await;
     plain.ready("pod/client").await;
     let url = format!("http://web.{}.svc.cluster.local/hostname", plain.name());
@@ -54,7 +54,7 @@ async fn a_labelled_pod_is_given_its_sidecar_by_the_webhook_in_the_cluster() {
     let mesh = node
         .namespace("mesh", &[("istio-injection", "enabled")])
         .await;
-    mesh.apply(WEB_AND_CLIENT).await;
+    mesh.apply(node::WEB_AND_CLIENT).await;
     let containers = mesh
         .kubectl(&[
             "get",
@@ -65,31 +65,3 @@ async fn a_labelled_pod_is_given_its_sidecar_by_the_webhook_in_the_cluster() {
         .await;
     assert_eq!(containers, "malha-init malha-proxy web");
 }
-
-const WEB_AND_CLIENT: &str = r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: web, labels: {app: web}}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: web
-    image: rig.local/agnhost:1
-    args: [netexec, --http-port=8080]
-    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - {name: client, image: "rig.local/tools:1", command: [sleep, "100000"]}
-"#;

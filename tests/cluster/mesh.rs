@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Child;
 use tokio::time::{sleep, timeout};
 
@@ -143,21 +144,20 @@ async fn until<T: std::fmt::Debug>(
     what: &str,
     wanted: impl Fn(&T) -> bool,
     mut ask: impl AsyncFnMut() -> T,
-) -> T {
+) {
     let mut last = None;
     let asked = async {
         loop {
             let answer = ask().await;
             if wanted(&answer) {
-                return answer;
+                return;
             }
             last = Some(answer);
             sleep(Duration::from_millis(300)).await;
         }
     };
-    match timeout(PATIENCE, asked).await {
-        Ok(answer) => answer,
-        Err(_) => panic!("{what}: not within {PATIENCE:?}; the last answer was {last:?}"),
+    if timeout(PATIENCE, asked).await.is_err() {
+        panic!("{what}: not within {PATIENCE:?}; the last answer was {last:?}");
     }
 }
 
@@ -181,7 +181,7 @@ async fn a_server_is_reached_by_every_name_it_has_and_sees_who_calls() {
         format!("{pod_ip}:8080"),
     ] {
         let url = format!("http://{address}/{path}");
-        let _ = until(
+        until(
             &format!("{url} shows {caller}"),
             |seen: &Result<String, String>| seen.as_ref().is_ok_and(|seen| seen.contains(&caller)),
             async || curl(&shop.mesh, "pod/client", "client", &[&url]).await,
@@ -215,7 +215,7 @@ async fn grpc_and_http2_cross_the_mesh() {
     let call = "printf '\\000\\000\\000\\000\\000' | curl -sS --max-time 10 --http2-prior-knowledge --data-binary @- \
         -H 'content-type: application/grpc' -H 'te: trailers' \
         http://web:5000/grpc.health.v1.Health/Check | od -An -tx1";
-    let _ = until(
+    until(
         "the gRPC server says SERVING",
         |answer: &Result<String, String>| {
             let bytes = answer.as_deref().unwrap_or_default();
@@ -275,7 +275,7 @@ impl Capture {
         let text = dir.path().join("packets");
         let file = std::fs::File::create(&text).expect("a file");
         let mut tcpdump = tokio::process::Command::from(node.program_inside("tcpdump"));
-        let tcpdump = tcpdump
+        let mut tcpdump = tcpdump
             .args([
                 "-i", "any", "-n", "-l", "-A", "-s", "0", "host", address, "and", "tcp",
             ])
@@ -284,8 +284,21 @@ impl Capture {
             .kill_on_drop(true)
             .spawn()
             .expect("tcpdump starts");
-        // It says so on standard error when it listens; a moment is enough for the kernel's filter.
-        sleep(Duration::from_secs(1)).await;
+        let said = tcpdump.stderr.take().expect("its standard error");
+        let mut said = BufReader::new(said).lines();
+        let listening = async {
+            while let Ok(Some(line)) = said.next_line().await {
+                if line.contains("listening on") {
+                    return true;
+                }
+            }
+            false
+        };
+        assert_eq!(
+            timeout(PATIENCE, listening).await,
+            Ok(true),
+            "tcpdump listens"
+        );
         Self {
             tcpdump,
             text,
@@ -295,16 +308,18 @@ impl Capture {
 
     /// Everything that was seen up to these words.
     async fn until(&mut self, words: &str) -> String {
-        let read =
-            || std::fs::read(&self.text).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        let seen = until(
+        let read = || {
+            let bytes = std::fs::read(&self.text).expect("what tcpdump wrote");
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        until(
             &format!("tcpdump shows {words}"),
             |seen: &String| seen.contains(words),
-            async || read().unwrap_or_default(),
+            async || read(),
         )
         .await;
         let _ = self.tcpdump.start_kill();
-        seen
+        read()
     }
 }
 
@@ -324,14 +339,14 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
     );
 
     shop.mesh.apply(STRICT).await;
-    let _ = until(
+    until(
         "plaintext is refused",
         |answer: &Result<_, _>| answer.is_err(),
         from_outside,
     )
     .await;
     let refused = async || shop.counter("envoy_listener_no_filter_chain_match").await;
-    let _ = until(
+    until(
         "plaintext without a chain is counted",
         |count| *count > 0.0,
         refused,
@@ -342,7 +357,7 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
     let nobody = curl(&outside, "pod/outsider", "client", &["-k", &tls]).await;
     assert!(nobody.is_err(), "TLS without a certificate: {nobody:?}");
     let refused = async || shop.counter("envoy_listener_ssl_fail_verify_no_cert").await;
-    let _ = until(
+    until(
         "the missing certificate is counted",
         |count| *count > 0.0,
         refused,
@@ -372,7 +387,7 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
         "a certificate of another root: {stranger:?}"
     );
     let refused = async || shop.counter("envoy_listener_ssl_fail_verify_error").await;
-    let _ = until(
+    until(
         "the foreign certificate is counted",
         |count| *count > 0.0,
         refused,
@@ -398,13 +413,13 @@ async fn a_ports_mode_is_stronger_than_its_namespaces_and_probes_pass_in_every_m
     for (port, takes_plaintext) in [("DISABLE", true), ("STRICT", false), ("PERMISSIVE", true)] {
         shop.mesh.apply(STRICT).await;
         shop.mesh.apply(&port_mode(port)).await;
-        let _ = until(
+        until(
             &format!("plaintext under {port} is taken: {takes_plaintext}"),
             |answer: &Result<_, _>| answer.is_ok() == takes_plaintext,
             from_outside,
         )
         .await;
-        let _ = until(
+        until(
             "the mesh goes on",
             |answer: &Result<_, _>| answer.is_ok(),
             inside,

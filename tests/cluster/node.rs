@@ -38,6 +38,36 @@ use crate::{envoy, rig};
 /// How long a pod may take to become ready. A machine whose cores are all busy takes ten times the usual two seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// A server `web` behind a Service of its name, and a pod `client` with a shell and curl.
+pub(crate) const WEB_AND_CLIENT: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: web, labels: {app: web}}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: web
+    image: rig.local/agnhost:1
+    args: [netexec, --http-port=8080]
+    ports: [{name: http, containerPort: 8080}]
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: client, image: "rig.local/tools:1", command: [sleep, "100000"]}
+"#;
+
 /// The node that the tests of this binary share, with Malha on it.
 ///
 /// `None` without root, without the programs or without Envoy: the test is skipped, and standard error says why; with

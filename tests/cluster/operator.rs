@@ -294,7 +294,7 @@ async fn on_a_node_the_verbs_tell_of_two_pods_that_call_each_other() {
     let mesh = node
         .namespace("verbs", &[("istio-injection", "enabled")])
         .await;
-    mesh.apply(WEB_AND_CLIENT).await;
+    mesh.apply(node::WEB_AND_CLIENT).await;
     mesh.ready("pod/web").await;
     mesh.ready("pod/client").await;
     let name = mesh.name();
@@ -364,35 +364,6 @@ async fn on_a_node_the_verbs_tell_of_two_pods_that_call_each_other() {
 }
 
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(90);
-
-const WEB_AND_CLIENT: &str = r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: web, labels: {app: web}}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: web
-    image: rig.local/agnhost:1
-    args: [netexec, --http-port=8080]
-    ports: [{name: http, containerPort: 8080}]
-    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - {name: client, image: "rig.local/tools:1", command: [sleep, "100000"]}
-"#;
 
 fn stdout(output: Output) -> String {
     assert!(output.status.success(), "{}", text(&output.stderr));

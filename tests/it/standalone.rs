@@ -248,7 +248,7 @@ fn two_servers_on_one_directory_are_one_too_many() {
     drop(serving);
     // A process that another test forks holds a copy of the lock until its exec.
     let free = (0..500).any(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
         other.serve().is_ok()
     });
     assert!(free, "the directory is free again");
