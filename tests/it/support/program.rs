@@ -119,11 +119,19 @@ impl Program {
         let _ = self.child.wait();
     }
 
-    /// Waits for the end.
+    /// Waits for the end, and for what was said until then: a pipe may hold words of a process that is gone. One that
+    /// a grandchild keeps open is not waited for beyond a second.
     pub(crate) fn wait(&mut self, within: Duration) -> ExitStatus {
         let deadline = Instant::now() + within;
         loop {
             if let Some(status) = self.child.try_wait().expect("our child can be waited for") {
+                let (lock, changed) = &*self.output;
+                let output = lock.lock().expect("no reader panics");
+                drop(
+                    changed.wait_timeout_while(output, Duration::from_secs(1), |output| {
+                        output.open_pipes > 0
+                    }),
+                );
                 return status;
             }
             assert!(
