@@ -9,6 +9,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -232,19 +233,25 @@ async fn who_refuses_hangs_or_speaks_nonsense_fails_with_words_that_help() {
 
 #[tokio::test]
 async fn any_certificate_will_do_and_so_will_tls_1_2() {
-    let versions: [&'static rustls::SupportedProtocolVersion; 2] =
-        [&rustls::version::TLS12, &rustls::version::TLS13];
-    for version in versions {
+    use rustls::version::{TLS12, TLS13};
+    let (v1, v3) = (0, 2);
+    for (version, x509) in [(&TLS12, v3), (&TLS12, v1), (&TLS13, v3), (&TLS13, v1)] {
         let made = rcgen::generate_simple_self_signed(["elsewhere.example".to_owned()]);
         let made = made.expect("a certificate");
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+        let mut certificate = made.cert.der().to_vec();
+        let found = certificate
+            .windows(5)
+            .position(|it| *it == [0xa0, 3, 2, 1, v3]);
+        certificate[found.expect("its version") + 4] = x509;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+        let key = provider.key_provider.load_private_key(key).expect("a key");
+        let pair = CertifiedKey::new(vec![certificate.into()], key);
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[version])
             .expect("a version")
             .with_no_client_auth()
-            .with_single_cert(vec![made.cert.der().clone()], key)
-            .expect("a pair");
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(pair)));
         let listener = TcpListener::bind((POD, 0)).await.expect("a port");
         let port = listener.local_addr().expect("bound").port();
         tokio::spawn(async move {
@@ -261,7 +268,7 @@ async fn any_certificate_will_do_and_so_will_tls_1_2() {
             r#"{{"httpGet":{{"port":{port},"scheme":"HTTPS"}},"timeoutSeconds":5}}"#
         ))
         .await;
-        assert_eq!(got, Ok(200), "{version:?}");
+        assert_eq!(got, Ok(200), "{version:?}, {x509}");
     }
     let (plain, _heard) = canned(vec![reply("200 OK")]).await;
     let error = run(&format!(
