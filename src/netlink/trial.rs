@@ -5,7 +5,7 @@
 
 use std::{
     io::ErrorKind,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::Duration,
 };
 
@@ -50,17 +50,29 @@ fn trial(rules: &RuleSet, family: Family, outbound_port: u16) -> Trial {
         Family::V4 => Ipv4Addr::LOCALHOST.into(),
         Family::V6 => Ipv6Addr::LOCALHOST.into(),
     };
+    if !has_route(to) {
+        return Trial::Untried(format!("there is no route to {to}"));
+    }
     let listener = match TcpListener::bind((here, outbound_port)) {
         Ok(listener) => listener,
         Err(error) => return Trial::Untried(format!("cannot listen on {here}: {error}")),
     };
     match TcpStream::connect_timeout(&to, PATIENCE) {
         Ok(_) if arrives(&listener, to) => Trial::Redirected(to),
-        Err(error) if error.kind() == ErrorKind::NetworkUnreachable => {
-            Trial::Untried(format!("there is no route to {to}"))
-        }
+        // That a network is unreachable may be the word of a router, to which a redirected connection does not come.
         _ => Trial::NotRedirected(to),
     }
+}
+
+/// Whether this pod knows a way to an address: without one the kernel refuses a connection before its rules see it.
+/// Nothing is sent.
+fn has_route(to: SocketAddr) -> bool {
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let tried = UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(to));
+    !tried.is_err_and(|error| error.kind() == ErrorKind::NetworkUnreachable)
 }
 
 /// A destination that goes to the proxy.

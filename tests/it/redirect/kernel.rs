@@ -485,6 +485,11 @@ fn where_a_component_of_the_node_installs_the_rules_the_check_needs_no_capabilit
         1,
         "a connection to 198.51.100.1:9 over IPv4 did not come to the proxy's port",
     );
+    // A router that knows no way says so at once, with the error that a pod without a route has from its own kernel.
+    world.run(
+        "for it in ipv4/ip_forward ipv6/conf/all/forwarding; do echo 1 >/proc/sys/net/$it; done",
+    );
+    check().must(1, "over IPv4 did not come to the proxy's port");
     init(&pod, &[&wanted]).must(0, "");
     let said = check()
         .must(0, "IPv4: a connection to 198.51.100.1:9 came to port 15001")
