@@ -1,5 +1,7 @@
 //! Two pods of the mesh on a real node: a kubelet started them, and their Envoys talk.
 
+mod servers;
+
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -118,14 +120,19 @@ impl Shop {
 
     /// The sum of all series of one of the server's Envoy counters.
     async fn counter(&self, name: &str) -> f64 {
-        let stats = ["curl", "-sS", "http://127.0.0.1:15090/stats/prometheus"];
-        let stats = self.mesh.exec("pod/web", "shell", &stats).await;
-        let stats = stats.expect("the proxy's metrics");
-        let series = stats.lines().filter(|line| line.starts_with(name));
-        series
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum()
+        counter(&self.mesh, ("pod/web", "shell"), name).await
     }
+}
+
+/// The sum of all series of a counter of a pod's Envoy; `container` is one with curl.
+async fn counter(mesh: &Namespace, (pod, container): (&str, &str), name: &str) -> f64 {
+    let stats = ["curl", "-sS", "http://127.0.0.1:15090/stats/prometheus"];
+    let stats = mesh.exec(pod, container, &stats).await;
+    let stats = stats.expect("the proxy's metrics");
+    let series = stats.lines().filter(|line| line.starts_with(name));
+    series
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
 }
 
 async fn curl(

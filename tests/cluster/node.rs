@@ -18,7 +18,7 @@
 //! of an hour that optimising it takes. `MALHA_RIG_KEEP=1` leaves the cluster for looking around.
 //!
 //! Images for workloads: `rig.local/agnhost:1` (server and client of Kubernetes' own tests) and `rig.local/tools:1`
-//! (busybox, curl, openssl, tcpdump, nft).
+//! (busybox, curl, openssl, tcpdump, nft); [`Node::load_debian`] brings in others.
 
 #![allow(dead_code, reason = "a harness serves tests that come and go")]
 
@@ -169,6 +169,32 @@ impl Node {
     pub(crate) fn load(&self, archives: &[PathBuf]) -> Result<()> {
         succeed(script("load").arg(&self.dir).args(archives))?;
         Ok(())
+    }
+
+    /// Makes an image of Debian's packages, once on this machine, and brings it in as `rig.local/NAME:1`.
+    ///
+    /// `None` where there is no Debian to get them from: as with [`shared`].
+    pub(crate) async fn load_debian(
+        &'static self,
+        name: &'static str,
+        packages: &'static [&str],
+    ) -> Option<()> {
+        let load = move || {
+            let made = script("debian").arg(name).args(packages).output();
+            let made = made.expect("tests/cluster/node/debian starts");
+            let error = String::from_utf8_lossy(&made.stderr).trim().to_owned();
+            if made.status.code() == Some(69) {
+                assert!(!rig::in_ci(), "{error}");
+                rig::skip(&error);
+                return None;
+            }
+            assert!(made.status.success(), "no image of {packages:?}: {error}");
+            let archive = String::from_utf8_lossy(&made.stdout).trim().into();
+            self.load(&[archive]).expect("the node takes the image");
+            Some(())
+        };
+        let loaded = tokio::task::spawn_blocking(load).await;
+        loaded.expect("no panic")
     }
 
     /// The kubeconfig of the user with all rights; it works from everywhere on this machine.
@@ -361,6 +387,25 @@ impl Namespace {
         }
     }
 
+    /// Writes a file in a container that has a shell.
+    pub(crate) async fn put(&self, pod: &str, container: &str, path: &str, text: &str) {
+        let write = format!("cat >{path}");
+        let args = [
+            "exec",
+            "-i",
+            pod,
+            "--container",
+            container,
+            "--",
+            "sh",
+            "-c",
+        ];
+        let written = self
+            .try_kubectl(&[&args[..], &[&write]].concat(), Some(text))
+            .await;
+        assert!(written.status.success(), "{path}: {written:?}");
+    }
+
     /// Runs a command in a container and gives what it printed; `Err` is what it said when it failed, and its status.
     pub(crate) async fn exec(
         &self,
@@ -391,6 +436,17 @@ impl Drop for Namespace {
             let _ = self.node.kubectl_command().args(delete).output();
         }
     }
+}
+
+/// The first process of a container or a pod, by the id or uid that its cgroup is named after, as this machine numbers it.
+pub(crate) fn process_of(id: &str) -> Option<u32> {
+    let processes = std::fs::read_dir("/proc").ok()?.flatten();
+    let of_id = processes.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).ok()?;
+        cgroup.contains(id).then_some(pid)
+    });
+    of_id.min()
 }
 
 /// Starts the shell that removes the cluster when this process is gone, for whatever reason: it waits for the end of a
