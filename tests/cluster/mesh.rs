@@ -1,11 +1,13 @@
 //! Two pods of the mesh on a real node: a kubelet started them, and their Envoys talk.
 
+mod injected;
+mod modes;
+mod refusals;
 mod servers;
 
 use std::process::Stdio;
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Child;
 use tokio::time::{sleep, timeout};
@@ -40,14 +42,25 @@ spec:
     args: [netexec, --http-port=8080]
     ports: [{name: http, containerPort: 8080}]
     startupProbe: {httpGet: {path: /healthz, port: http}, periodSeconds: 1, failureThreshold: 120}
-    readinessProbe: {httpGet: {path: /healthz, port: http}, periodSeconds: 1}
-    livenessProbe: {tcpSocket: {port: http}, periodSeconds: 1, failureThreshold: 30}
+    readinessProbe: {httpGet: {path: /healthz, port: http}, periodSeconds: 1, timeoutSeconds: 10}
+    livenessProbe: {tcpSocket: {port: http}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 30}
   - name: health
     image: rig.local/agnhost:1
     args: [grpc-health-checking, --port=5000, --http-port=8081]
     ports: [{name: grpc, containerPort: 5000}]
-    readinessProbe: {grpc: {port: 5000}, periodSeconds: 1}
-    livenessProbe: {exec: {command: [/agnhost, help]}, periodSeconds: 5, timeoutSeconds: 5, failureThreshold: 30}
+    readinessProbe: {grpc: {port: 5000}, periodSeconds: 1, timeoutSeconds: 10}
+    livenessProbe: {exec: {command: [/agnhost, help]}, periodSeconds: 3, timeoutSeconds: 10, failureThreshold: 30}
+  - name: secure
+    image: rig.local/tools:1
+    command:
+    - sh
+    - -c
+    - |
+      cd /tmp && printf '[req]\ndistinguished_name=name\n[name]\n' >config
+      openssl req -config config -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key -out certificate -subj /CN=web
+      exec openssl s_server -quiet -www -accept 8443 -key key -cert certificate
+    ports: [{name: https, containerPort: 8443}]
+    readinessProbe: {httpGet: {path: /, port: https, scheme: HTTPS}, periodSeconds: 1, timeoutSeconds: 10}
   - {name: shell, image: "rig.local/tools:1", command: [sleep, "100000"]}
 ---
 apiVersion: v1
@@ -57,6 +70,7 @@ spec:
   selector: {app: web}
   ports:
   - {name: http, port: 80, targetPort: 8080}
+  - {name: https, port: 443, targetPort: 8443}
   - {name: tcp-raw, port: 9000, targetPort: 8080}
   - {name: grpc, port: 5000}
 ---
@@ -406,52 +420,6 @@ async fn strict_refuses_whoever_shows_no_identity_and_counts_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_ports_mode_is_stronger_than_its_namespaces_and_probes_pass_in_every_mode() {
-    let Some(shop) = Shop::open("modes").await else {
-        return;
-    };
-    let outside = shop.outsider().await;
-    let server = shop.field("pod/web", ".status.podIP").await;
-    let plaintext = format!("http://{server}:8080/hostname");
-    let from_outside = async || curl(&outside, "pod/outsider", "client", &[&plaintext]).await;
-    let inside = async || curl(&shop.mesh, "pod/client", "client", &["http://web/hostname"]).await;
-    let ready_since = r#".status.conditions[?(@.type=="Ready")].lastTransitionTime"#;
-    let ready = shop.field("pod/web", ready_since).await;
-    for (port, takes_plaintext) in [("DISABLE", true), ("STRICT", false), ("PERMISSIVE", true)] {
-        shop.mesh.apply(STRICT).await;
-        shop.mesh.apply(&port_mode(port)).await;
-        until(
-            &format!("plaintext under {port} is taken: {takes_plaintext}"),
-            |answer: &Result<_, _>| answer.is_ok() == takes_plaintext,
-            from_outside,
-        )
-        .await;
-        until(
-            "the mesh goes on",
-            |answer: &Result<_, _>| answer.is_ok(),
-            inside,
-        )
-        .await;
-    }
-    assert_eq!(
-        shop.field("pod/web", ready_since).await,
-        ready,
-        "never unready"
-    );
-    let restarts = shop
-        .field("pod/web", ".status.containerStatuses[*].restartCount")
-        .await;
-    assert_eq!(restarts, "0 0 0");
-}
-
-fn port_mode(mode: &str) -> String {
-    format!(
-        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: web}}\nspec:\n  selector: \
-         {{matchLabels: {{app: web}}}}\n  mtls: {{mode: STRICT}}\n  portLevelMtls: {{\"8080\": {{mode: {mode}}}}}\n"
-    )
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_init_container_needs_the_mesh_completes() {
     let Some(shop) = Shop::open("job").await else {
         return;
@@ -472,35 +440,4 @@ async fn a_job_whose_init_container_needs_the_mesh_completes() {
         "job/once",
     ];
     shop.mesh.kubectl(&complete).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn our_containers_hold_no_token_of_the_api_server() {
-    let Some(shop) = Shop::open("token").await else {
-        return;
-    };
-    let pod = shop.mesh.kubectl(&["get", "pod/web", "-o", "json"]).await;
-    let pod: Value = serde_json::from_str(&pod).expect("JSON");
-    let containers =
-        ["initContainers", "containers"].map(|list| pod["spec"][list].as_array().cloned());
-    let mut with_token = Vec::new();
-    for container in containers.into_iter().flatten().flatten() {
-        let mounts = container["volumeMounts"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        let token = |mount: &Value| {
-            mount["name"]
-                .as_str()
-                .is_some_and(|name| name.starts_with("kube-api-access"))
-        };
-        if mounts.iter().any(token) {
-            with_token.push(container["name"].as_str().unwrap_or_default().to_owned());
-        }
-    }
-    assert_eq!(
-        with_token,
-        ["web", "health", "shell"],
-        "the application's own, and none of ours"
-    );
 }
