@@ -109,19 +109,19 @@ pub const KEYS: &[Key] = &[
     key(
         "webhook-addr",
         "ADDR",
-        "0.0.0.0:15017",
+        "[::]:15017",
         "Where the admission webhook listens (HTTPS)",
     ),
     key(
         "ca-addr",
         "ADDR",
-        "0.0.0.0:15012",
+        "[::]:15012",
         "Where certificates are signed (HTTPS)",
     ),
     key(
         "admin-addr",
         "ADDR",
-        "0.0.0.0:15014",
+        "[::]:15014",
         "Where /livez, /readyz and /metrics answer (HTTP)",
     ),
     key(
@@ -351,7 +351,8 @@ impl Settings {
     /// # Errors
     /// The first key that is wrong, with its source, its value and what is allowed.
     pub fn parse(layers: &Layers) -> Result<Self, ConfigError> {
-        const ADDR: &str = "IP:PORT, such as 0.0.0.0:15017 or [::]:15017";
+        const ADDR: &str =
+            "IP:PORT, such as [::]:15017 for every address, or 0.0.0.0:15017 for those of IPv4";
         let duration = |name| {
             layers.parsed_with(
                 name,

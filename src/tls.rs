@@ -14,7 +14,7 @@ mod connections;
 mod listener;
 mod watched;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use std::{error, io};
@@ -144,11 +144,11 @@ async fn ask(
     }
 }
 
-/// A wildcard address is for listening; the same port on loopback is where it is reached.
+/// A wildcard address is for listening; the same port on loopback is where it is reached. `[::]` is for IPv4 too, and
+/// `::1` is missing where a sysctl switches IPv6 off.
 fn reachable(addr: SocketAddr) -> SocketAddr {
     let ip = match addr.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         ip => ip,
     };
     SocketAddr::new(ip, addr.port())

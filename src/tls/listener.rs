@@ -4,7 +4,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -142,10 +142,7 @@ impl Bound {
         limits: Limits,
     ) -> Result<Self, TlsError> {
         let listen = || -> io::Result<(TcpListener, SocketAddr)> {
-            let socket = match addr {
-                SocketAddr::V4(_) => TcpSocket::new_v4()?,
-                SocketAddr::V6(_) => TcpSocket::new_v6()?,
-            };
+            let (socket, addr) = socket(addr)?;
             // A restart must not wait for the last connections of the process before it.
             socket.set_reuseaddr(true)?;
             socket.bind(addr)?;
@@ -215,6 +212,24 @@ impl Bound {
 
 /// Connections that the kernel holds for us before they are accepted; it caps this at `net.core.somaxconn`.
 const BACKLOG: u32 = 4_096;
+
+/// A socket for an address. `[::]` is every address, those of IPv4 too; where the kernel has no IPv6 these are all.
+fn socket(addr: SocketAddr) -> io::Result<(TcpSocket, SocketAddr)> {
+    match addr {
+        SocketAddr::V4(_) => Ok((TcpSocket::new_v4()?, addr)),
+        SocketAddr::V6(_) => match TcpSocket::new_v6() {
+            Err(error) if addr.ip().is_unspecified() && has_no_family(&error) => {
+                let every = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), addr.port());
+                Ok((TcpSocket::new_v4()?, every))
+            }
+            socket => Ok((socket?, addr)),
+        },
+    }
+}
+
+fn has_no_family(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)
+}
 
 /// Handshakes whose arithmetic may be queued on the runtime at once.
 ///
@@ -300,6 +315,8 @@ impl Accepting {
             sleep(Duration::from_millis(5)).await;
             self.connections.reap();
         }
+        // Who comes by IPv4 to a socket of both families has an address of IPv6 there.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         self.connections.seat(|seat| {
             let task = self
                 .tasks
@@ -598,5 +615,41 @@ fn note(served: hyper::Result<()>) {
             error = &error as &dyn std::error::Error,
             "connection ended early"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv6Addr};
+
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn one_socket_is_for_both_families_and_knows_callers_by_their_own() {
+        let every = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0);
+        let bound = Bound::plain(every, Limits::default()).await;
+        let bound = bound.expect("a free port");
+        let port = bound.local_addr().port();
+        let who = |ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.ip().to_string() };
+        let stop = CancellationToken::new();
+        let app = Router::new().route("/", get(who));
+        let serving = tokio::spawn(bound.serve(app, stop.clone()));
+        let callers: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        for ip in callers {
+            let Ok(mut stream) = TcpStream::connect((ip, port)).await else {
+                assert!(ip.is_ipv6(), "not every machine has IPv6, but this");
+                continue;
+            };
+            let ask = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+            stream.write_all(ask).await.expect("written");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.expect("an answer");
+            assert!(answer.ends_with(&format!("\r\n\r\n{ip}")), "{answer}");
+        }
+        stop.cancel();
+        serving.await.expect("it ends");
     }
 }

@@ -1,5 +1,6 @@
 //! Two pods of the mesh on a real node: a kubelet started them, and their Envoys talk.
 
+mod families;
 mod injected;
 mod modes;
 mod refusals;

@@ -19,6 +19,7 @@
 //!
 //! Images for workloads: `rig.local/agnhost:1` (server and client of Kubernetes' own tests) and `rig.local/tools:1`
 //! (busybox, curl, openssl, tcpdump, nft); [`Node::load_debian`] brings in others.
+//! Pods have addresses of both families; those with the annotation `rig.local/families: ipv6` have IPv6 alone.
 
 #![allow(dead_code, reason = "a harness serves tests that come and go")]
 
