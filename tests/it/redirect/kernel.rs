@@ -1,13 +1,11 @@
 //! What a real kernel does: connections between real namespaces, and `nft` as the witness of what is installed.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use malha::redirect::Families;
 use serde_json::{Value, json};
 
 use super::{
     argument, golden,
-    programs::{Held, Image, init},
+    programs::{Held, Image, init, without_netfilter},
     scene::{
         APP, FAR, LOCALHOST, Landed, Namespace, PASSED_ON, POD, PROXY, Scene, WORLD, Who, can_run,
         to,
@@ -289,28 +287,21 @@ fn no_connection_slips_through_while_the_rules_are_replaced() {
         return;
     }
     let scene = scene(&json!({}));
-    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let replacing = scope.spawn(|| {
-            let mut times = 0;
-            while !done.load(Ordering::Relaxed) {
+            for times in 0..20 {
                 let port = 1000 + times % 7;
                 let changed = argument(&json!({"excludeOutboundPorts": [port]}));
                 init(&scene.pod, &[&changed]).must(0, "");
-                times += 1;
             }
-            times
         });
-        for _ in 0..100 {
+        while !replacing.is_finished() {
             for family in BOTH {
                 let (pod, world) = (POD[family], WORLD[family]);
                 assert_eq!(scene.call_from_world(pod, 8080).at, "inbound");
                 assert_eq!(scene.call_from_pod(APP, world, 80).at, "outbound");
             }
         }
-        done.store(true, Ordering::Relaxed);
-        let times = replacing.join().expect("it replaced them");
-        assert!(times > 10, "replaced {times} times only");
     });
 }
 
@@ -467,6 +458,22 @@ fn without_the_capability_the_way_out_is_said_and_nothing_is_done() {
     let refused = Image::with(Some("cap_net_admin+ep")).run(&namespace, Held::Nothing, &[&wanted]);
     assert!(!refused.said.contains("malha-init:"), "{}", refused.said);
     assert_ne!(refused.code, Some(0));
+}
+
+#[test]
+fn a_kernel_without_a_packet_filter_is_told_by_the_feature_that_it_lacks() {
+    if !can_run() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let wanted = argument(&json!({}));
+    for arguments in [&[wanted.as_str()][..], &["--check", &wanted]] {
+        without_netfilter(&namespace, arguments).must(
+            69,
+            "packet filter`: it needs CONFIG_NETFILTER_NETLINK and CONFIG_NF_TABLES",
+        );
+    }
+    assert_eq!(namespace.run("nft list ruleset"), "");
 }
 
 #[test]

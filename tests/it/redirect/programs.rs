@@ -46,6 +46,16 @@ pub(super) fn init(namespace: &Namespace, arguments: &[&str]) -> Ended {
     Ended::of(output.expect("nsenter starts"))
 }
 
+/// As root, on what looks to it like a kernel without the packet filter.
+pub(super) fn without_netfilter(namespace: &Namespace, arguments: &[&str]) -> Ended {
+    let output = namespace
+        .command("python3")
+        .args(["-c", include_str!("without_netfilter.py"), INIT])
+        .args(arguments)
+        .output();
+    Ended::of(output.expect("nsenter starts"))
+}
+
 /// A copy of the program with a file capability, as in the image.
 pub(super) struct Image {
     directory: tempfile::TempDir,

@@ -42,9 +42,11 @@ pub(super) const PASSED_ON: [&str; 2] = ["127.0.0.6", "::6"];
 /// Whether these tests can run here. Where they cannot, standard error says why; in CI (`CI=true`) that is a failure: a
 /// pipeline that silently tests nothing is worse than a red one.
 pub(super) fn can_run() -> bool {
-    let missing = ["nft", "ip", "setcap", "capsh", "unshare", "nsenter"]
-        .into_iter()
-        .find(|program| !is_there(program));
+    let missing = [
+        "nft", "ip", "setcap", "capsh", "unshare", "nsenter", "python3",
+    ]
+    .into_iter()
+    .find(|program| !is_there(program));
     let why = match missing {
         Some(program) => format!("{program} is not there; make test-unit installs it"),
         None if !nix::unistd::geteuid().is_root() => {
