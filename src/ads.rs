@@ -77,7 +77,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             request_bytes: 4 << 20,
-            response_bytes: 1 << 20,
+            response_bytes: 64 << 10,
             first_request: Duration::from_secs(10),
             unknown: Duration::from_secs(5),
             warming: Duration::from_secs(2),
