@@ -192,6 +192,13 @@ crds: needs-rust ## Write manifests/crds anew from src/mesh/crd.rs
 proto: needs-rust ## Write src/proto anew from proto/
 	$(CARGO) run --locked --quiet --example proto
 
+.PHONY: fuzz
+# Seconds for each target.
+SECONDS ?= 60
+fuzz: needs-rust needs-clients ## Search for input that breaks what reads it; SECONDS=60 each, ARGS=jwks for some of them
+	$(call need,c++,g++)
+	@fuzz/run $(SECONDS) $(ARGS)
+
 .PHONY: bench bench-mesh manifests clean
 bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>
 	$(CARGO) bench --locked --bench figures -- $(ARGS)

@@ -109,6 +109,13 @@ fn usage(said: &clap::Error) -> Exit {
     }
 }
 
+/// Reads manifests as `-f` does, and writes all of them anew as `-o yaml` does. A fuzz target asks whether it reads the
+/// same.
+#[doc(hidden)]
+pub fn reprint(manifests: &str) -> anyhow::Result<String> {
+    documents::reprint(manifests)
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;

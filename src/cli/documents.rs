@@ -161,6 +161,13 @@ pub(super) fn render(documents: &[(Document, bool)], format: Format) -> anyhow::
     Ok(out)
 }
 
+/// A text's documents, each written anew.
+pub(super) fn reprint(text: &str) -> anyhow::Result<String> {
+    let documents = parse(text, "standard input")?;
+    let documents: Vec<_> = documents.into_iter().map(|it| (it, true)).collect();
+    render(&documents, Format::Yaml)
+}
+
 /// One result as a YAML document that reads the same to `kubectl`.
 pub(super) fn to_yaml(value: &Value) -> anyhow::Result<String> {
     Ok(yaml::write(value)?)

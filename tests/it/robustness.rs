@@ -2,9 +2,14 @@
 //! without sense, and with everything in between. The same cases each time; a failure prints its number and its bytes.
 
 mod mutate;
+/// What `make fuzz` searches; here only the corpora are walked through, and what is near them.
+#[path = "../../fuzz/targets.rs"]
+mod targets;
 
 use std::{
+    fs,
     panic::{self, AssertUnwindSafe},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -69,6 +74,27 @@ fn small_pods() -> Vec<Value> {
         .filter(|pod| pod.to_string().len() < 1_200)
         .take(12)
         .collect()
+}
+
+#[test]
+fn no_input_of_a_fuzz_corpus_and_none_near_it_breaks_its_target() {
+    let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    for (name, target) in targets::TARGETS {
+        let directory = corpora.join(name);
+        let found = fs::read_dir(&directory);
+        let found = found.unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+        let mut files: Vec<_> = found.map(|it| it.expect("an entry").path()).collect();
+        files.sort();
+        let corpus: Vec<_> = files
+            .iter()
+            .map(|it| fs::read(it).expect("a file"))
+            .collect();
+        println!("{name}");
+        feed(&corpus, |bytes| {
+            target(bytes);
+            Ok(())
+        });
+    }
 }
 
 #[test]
