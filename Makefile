@@ -73,6 +73,7 @@ ifeq ($(shell id -u),0)
 	$(call need,nft,nftables)
 	$(call need,ip,iproute2)
 	$(call need,setcap,libcap2-bin)
+	$(call need,python3,python3)
 endif
 
 # -- use --
