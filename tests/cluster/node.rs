@@ -28,7 +28,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
@@ -160,7 +160,29 @@ impl Node {
                 .args(["rollout", "status", &timeout])
                 .args(malha),
         )?;
-        Ok(())
+        self.wait_for_the_webhook()
+    }
+
+    /// Replicas that are ready are not reached yet: kube-proxy hears of them a moment later.
+    fn wait_for_the_webhook(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let tried = succeed(self.kubectl_command().args([
+                "run",
+                "first",
+                "--namespace=default",
+                "--image=none",
+                "--labels=sidecar.istio.io/inject=true",
+                "--dry-run=server",
+            ]));
+            match tried {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error.context("the API server does not reach the webhook"));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(300)),
+            }
+        }
     }
 
     /// Brings OCI archives into the node.
