@@ -24,7 +24,7 @@ use malha::{
         csr::{Csr, KeyPolicy},
         journal::Journal,
     },
-    caller::{self, KeySet, TokenPolicy},
+    caller::{self, CallerError, KeySet, TokenClaims, TokenPolicy},
     config::{Layers, Settings},
     identity::SpiffeId,
     inject::{ClusterFacts, Injector, NamespaceFacts, Verdict},
@@ -143,9 +143,7 @@ fn jwt(input: &[u8]) {
 
 /// Claims that the issuer did sign: whoever is named has a name.
 fn jwt_claims(input: &[u8]) {
-    let token = ISSUER.sign(input);
-    let now = Timestamp::from_second(1_800_000_000).expect("a year");
-    if let Ok(claims) = caller::verify(&token, &ISSUER.keys, &ISSUER.policy, now) {
+    if let Ok(claims) = ISSUER.claims(input) {
         let domain = "cluster.local".parse().expect("a trust domain");
         if let Ok(caller) = claims.into_caller(&domain) {
             let text = caller.identity.to_string();
@@ -184,6 +182,12 @@ impl Issuer {
                 require_bound_pod: true,
             },
         }
+    }
+
+    /// Signs claims, and reads them as they come with a request.
+    fn claims(&self, claims: &[u8]) -> Result<TokenClaims, CallerError> {
+        let now = Timestamp::from_second(1_800_000_000).expect("a year");
+        caller::verify(&self.sign(claims), &self.keys, &self.policy, now)
     }
 
     fn sign(&self, claims: &[u8]) -> String {
@@ -235,14 +239,17 @@ fn discovery_request(mut input: &[u8]) {
         let Some(kind) = Kind::of_type_url(&request.type_url) else {
             continue;
         };
-        let names = |names: &'_ [String]| -> Vec<String> { names.to_vec() };
-        let (subscribe, unsubscribe) = (
-            names(&request.resource_names_subscribe),
-            names(&request.resource_names_unsubscribe),
-        );
         let heard = delta::Request {
-            subscribe: subscribe.iter().map(String::as_str).collect(),
-            unsubscribe: unsubscribe.iter().map(String::as_str).collect(),
+            subscribe: request
+                .resource_names_subscribe
+                .iter()
+                .map(String::as_str)
+                .collect(),
+            unsubscribe: request
+                .resource_names_unsubscribe
+                .iter()
+                .map(String::as_str)
+                .collect(),
             held: request
                 .initial_resource_versions
                 .iter()
@@ -317,4 +324,12 @@ fn config_file(input: &[u8]) {
     if let Ok(layers) = Layers::default().with_file(&text) {
         let _ = Settings::parse(&layers);
     }
+}
+
+/// Whether what follows a good signature is reached at all.
+#[test]
+fn the_claims_to_begin_at_are_taken() {
+    let claims = ISSUER.claims(include_bytes!("corpus/jwt_claims/bound"));
+    let claims = claims.expect("good claims");
+    assert_eq!(claims.namespace, "shop");
 }
