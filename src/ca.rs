@@ -14,6 +14,7 @@ pub mod journal;
 pub mod key;
 pub mod peer;
 pub mod pem;
+pub mod plugged;
 pub mod profile;
 pub mod rotation;
 pub mod svid;
@@ -55,7 +56,7 @@ struct Kept {
     issuer_id: KeyId,
     issuer: Issuer<'static, Signer>,
     issuer_key: PublicKey,
-    /// The intermediate, then cross-certificates; never a root.
+    /// The intermediate, what is above it, then cross-certificates; never a root.
     above_leaf: Vec<Vec<u8>>,
     /// The span in which every certificate above a leaf is valid.
     bounds: Validity,
@@ -91,6 +92,7 @@ impl Authority {
             .iter()
             .filter(|cross| cross.issuer_id().is_some_and(trusted_elsewhere));
         let above_leaf: Vec<_> = std::iter::once(&active.certificate)
+            .chain(&active.above)
             .chain(crossed)
             .collect();
         let bounds = above_leaf
@@ -460,7 +462,7 @@ fn hex(bytes: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
 pub enum AuthorityError {
     /// What is left of the issuer's life is shorter than the shortest leaf.
     #[error(
-        "the issuing certificate ends at {0}, too soon for the shortest leaf; it is replaced by itself, try again"
+        "the issuing certificate ends at {0}, too soon for the shortest leaf; nothing is signed until it is replaced, try again"
     )]
     IssuerExpiring(Timestamp),
     /// The clock is behind what the journal has seen.

@@ -14,6 +14,7 @@
 mod advance;
 mod dice;
 mod metrics;
+mod plugging;
 mod serving;
 #[cfg(test)]
 mod tests;
@@ -24,19 +25,24 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep,
+};
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
     advance::{RotateRequest, Ticked, missing, rotate},
     metrics::Metrics,
+    plugging::Plugging,
     serving::keep_serving,
 };
 use crate::{
     ca::{
         Authority, AuthorityError, KeyId,
-        journal::{HomeError, JournalHome, Stored},
-        rotation::{self, PolicyError, Refusal, RotationPolicy},
+        journal::{HomeError, Journal, JournalHome, Kind, Stored},
+        plugged::{self, PlugError, Plugged},
+        rotation::{self, PolicyError, Refusal, RotationPolicy, STALE_GRACE},
     },
     clock::Clock,
     custody::{
@@ -55,6 +61,10 @@ pub struct Custody<H> {
     pace: Pace,
     published: watch::Sender<Arc<Authority>>,
     held: Mutex<Held>,
+    /// What came of the operator's issuer.
+    plugging: watch::Sender<Plugging>,
+    /// Something is due sooner than the next look.
+    nudged: Notify,
     /// Reads and writes of this process take turns.
     turn: tokio::sync::Mutex<()>,
 }
@@ -64,6 +74,21 @@ struct Held {
     version: String,
     /// The epoch in which this process leads, while it does.
     leads: Option<u64>,
+    /// Whether what signs is an operator's.
+    plugged: bool,
+    /// When a plugged root begins to sign, or a drained one ends.
+    next_elapsed: Option<Timestamp>,
+}
+
+impl Held {
+    fn of(stored: &Stored) -> Self {
+        Self {
+            version: stored.version.clone(),
+            leads: None,
+            plugged: stored.journal.active().kind == Kind::Plugged,
+            next_elapsed: rotation::next_elapsed(&stored.journal),
+        }
+    }
 }
 
 impl<H: JournalHome> Custody<H> {
@@ -92,7 +117,8 @@ impl<H: JournalHome> Custody<H> {
         metrics: Metrics,
     ) -> Result<Arc<Self>, CustodyError> {
         policy.check()?;
-        let stored = load_or_found(&home, &policy, &trust_domain, &clock).await?;
+        let founded = load_or_found(&home, &policy, &trust_domain, &clock).await;
+        let stored = founded.inspect_err(|error| metrics.failed(error.step()))?;
         let found = stored.journal.trust_domain();
         if *found != trust_domain {
             return Err(CustodyError::OtherTrustDomain {
@@ -107,11 +133,10 @@ impl<H: JournalHome> Custody<H> {
         metrics.leaves_live(policy.leaf.default);
         let custody = Arc::new(Self {
             published: watch::Sender::new(Arc::new(authority.fresh_until(stale_after(now)))),
-            held: Mutex::new(Held {
-                version: stored.version,
-                leads: None,
-            }),
+            held: Mutex::new(Held::of(&stored)),
             turn: tokio::sync::Mutex::new(()),
+            plugging: watch::Sender::new(Plugging::None),
+            nudged: Notify::new(),
             home,
             policy,
             clock,
@@ -162,7 +187,9 @@ impl<H: JournalHome> Custody<H> {
     /// What went wrong; it is logged and counted already. Whatever it was, nothing changed here that was not read back.
     pub async fn tick(&self) -> Result<Ticked, CustodyError> {
         let _turn = self.turn.lock().await;
-        let advanced = self.advance(Goal::WhatIsDue).await;
+        let plugged = self.look_at_plugged().await;
+        let advanced = self.advance(Goal::WhatIsDue, plugged.as_ref()).await;
+        self.compare_with_plugged(plugged.as_ref());
         match &advanced {
             Ok(_) => self.metrics.ticked(self.clock.now()),
             Err(error) => self.report(error),
@@ -195,12 +222,23 @@ impl<H: JournalHome> Custody<H> {
                     // The last word stands. If another process leads, its epoch says so.
                     Err(_) => watching = false,
                 },
+                () = self.nudged.notified() => {}
                 () = sleep(pause) => {}
             }
             if duty == Duty::Follow {
                 self.held().leads = None;
             }
         }
+    }
+
+    /// Lets [`Custody::keep`] look at once: something beside the journal has changed.
+    pub fn nudge(&self) {
+        self.nudged.notify_one();
+    }
+
+    /// What came of the operator's issuer, as whoever leads finds it.
+    pub fn plugging(&self) -> watch::Receiver<Plugging> {
+        self.plugging.subscribe()
     }
 
     /// One turn of [`Custody::keep`]; answers how long to pause after it.
@@ -233,7 +271,7 @@ impl<H: JournalHome> Custody<H> {
     /// Raises the epoch in this process's name.
     async fn claim(&self) -> Result<(), CustodyError> {
         let _turn = self.turn.lock().await;
-        let claimed = self.advance(Goal::Lead).await;
+        let claimed = self.advance(Goal::Lead, None).await;
         match &claimed {
             Ok(ticked) => {
                 self.held().leads = Some(ticked.epoch);
@@ -244,13 +282,14 @@ impl<H: JournalHome> Custody<H> {
         claimed.map(|_| ())
     }
 
-    async fn advance(&self, goal: Goal) -> Result<Ticked, CustodyError> {
+    async fn advance(&self, goal: Goal, plugged: Option<&Plugged>) -> Result<Ticked, CustodyError> {
         let leads = self.held().leads.filter(|_| goal == Goal::WhatIsDue);
         Advance {
             home: &self.home,
             policy: &self.policy,
             clock: &self.clock,
             goal,
+            plugged,
             leads,
         }
         .run(|stored| self.adopt(stored))
@@ -278,7 +317,14 @@ impl<H: JournalHome> Custody<H> {
         let authority = Authority::from_journal(journal, &self.policy.leaf)?;
         authority.rehearse(now)?;
         let authority = authority.fresh_until(fresh_until);
-        self.held().version.clone_from(&stored.version);
+        {
+            let mut held = self.held();
+            let leads = held.leads;
+            *held = Held {
+                leads,
+                ..Held::of(stored)
+            };
+        }
         self.metrics.read(journal);
         if authority.says_the_same(&present) {
             self.replace_silently(authority);
@@ -355,10 +401,6 @@ impl Default for Pace {
     }
 }
 
-/// How long a process signs without having read the journal. A root that stopped signing stays trusted for longer than
-/// this plus the longest leaf, so nothing that is signed in this time is refused by anybody.
-const STALE_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
-
 fn stale_after(now: Timestamp) -> Timestamp {
     now.saturating_add(STALE_GRACE).unwrap_or(Timestamp::MAX)
 }
@@ -377,26 +419,42 @@ async fn load_or_found<H: JournalHome>(
         if advance::in_time(home.has_earlier_life()).await? {
             return load(home).await?.ok_or(CustodyError::JournalLost);
         }
-        let (root_key, intermediate_key) = (dice::key()?, dice::key()?);
-        let rolled = [dice::roll()?, dice::roll()?];
-        let now = clock.now();
-        let (journal, _) = rotation::first(
-            trust_domain,
-            root_key,
-            intermediate_key,
-            rolled,
-            now,
-            policy,
-        )?;
+        let journal = first_journal(home, policy, trust_domain, clock.now()).await?;
         match advance::in_time(home.create(&journal)).await {
             Ok(_) => {
-                tracing::info!(root = %journal.active().id(), "made the first root of {trust_domain}")
+                tracing::info!(root = %journal.active().id(), "{trust_domain} has its first root")
             }
             Err(HomeError::Conflict { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
     Err(CustodyError::LostRaces(advance::TRIES))
+}
+
+/// With the operator's issuer where there is one. One that cannot be used is never replaced by a root of our own: the
+/// operator has said whom the mesh is to trust.
+async fn first_journal<H: JournalHome>(
+    home: &H,
+    policy: &RotationPolicy,
+    trust_domain: &TrustDomain,
+    now: Timestamp,
+) -> Result<Journal, CustodyError> {
+    if let Some(files) = advance::in_time(home.plugged()).await? {
+        let plugged = plugged::read(&files, trust_domain, &policy.leaf, now)?;
+        let (journal, _) = rotation::first_plugged(trust_domain, &plugged, now, &policy.leaf);
+        return Ok(journal);
+    }
+    let (root_key, intermediate_key) = (dice::key()?, dice::key()?);
+    let rolled = [dice::roll()?, dice::roll()?];
+    let first = rotation::first(
+        trust_domain,
+        root_key,
+        intermediate_key,
+        rolled,
+        now,
+        policy,
+    )?;
+    Ok(first.0)
 }
 
 /// Why the journal cannot be kept.
@@ -454,6 +512,11 @@ pub enum CustodyError {
     /// It cannot be done, and trying again will not help.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// The operator's issuer cannot be used, and there is no other.
+    #[error(
+        "the issuer that is plugged in (Secret `cacerts`) cannot be used: {0}; nothing is signed until it is mended, and no root is made in its place"
+    )]
+    Plugged(#[from] PlugError),
     /// Roots are not rotated by hand yet.
     #[error(
         "rotating the root by hand is not in this version; --intermediate rotates the intermediate, --if-due does what the schedule asks for"
@@ -499,6 +562,7 @@ impl CustodyError {
                 Step::Decide
             }
             Self::Dice => Step::MakeKey,
+            Self::Plugged(_) => Step::Plug,
         }
     }
 }

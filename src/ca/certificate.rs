@@ -23,6 +23,7 @@ pub struct CaCertificate {
     issuer: Vec<u8>,
     spki: Vec<u8>,
     uris: Vec<String>,
+    path_length: Option<u32>,
     validity: Validity,
 }
 
@@ -35,9 +36,9 @@ impl CaCertificate {
         use CertificateError as E;
         let certificate = read(der)?;
         let constraints = certificate.basic_constraints().map_err(|_| E::NotX509)?;
-        if !constraints.is_some_and(|c| c.critical && c.value.ca) {
+        let Some(constraints) = constraints.filter(|c| c.critical && c.value.ca) else {
             return Err(E::NotACa);
-        }
+        };
         let usage = certificate.key_usage().map_err(|_| E::NotX509)?;
         if !usage.is_some_and(|u| u.critical && u.value.key_cert_sign()) {
             return Err(E::MayNotSign);
@@ -57,6 +58,7 @@ impl CaCertificate {
             issuer: certificate.issuer().as_raw().to_owned(),
             spki: certificate.public_key().raw.to_owned(),
             uris,
+            path_length: constraints.value.path_len_constraint,
             validity: validity(&certificate)?,
         })
     }
@@ -84,6 +86,16 @@ impl CaCertificate {
     /// Whether it signed itself, as trust anchors do.
     pub fn is_root(&self) -> bool {
         self.is_signed_by(self)
+    }
+
+    /// How many certificates of CAs may stand between it and a leaf; `None` is any number (RFC 5280 4.2.1.9).
+    pub fn path_length(&self) -> Option<u32> {
+        self.path_length
+    }
+
+    /// DER of its name.
+    pub(super) fn subject(&self) -> &[u8] {
+        &self.subject
     }
 
     /// DER of its public key.

@@ -160,7 +160,8 @@ impl PublicKey {
 
     /// One of our own keys.
     pub(super) fn of_ours(spki: &[u8]) -> Self {
-        Self::parse(spki, KeyPolicy::default()).expect("our own keys are P-256 or P-384")
+        Self::parse(spki, KeyPolicy::default())
+            .expect("a secret key is of a kind that is certified here")
     }
 
     /// DER of the SubjectPublicKeyInfo.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::{
-    ca::{KeyId, bundle::Bundle, certificate::CaCertificate, key::SecretKey},
+    ca::{KeyId, bundle::Bundle, certificate::CaCertificate, key::SecretKey, plugged::Files},
     identity::TrustDomain,
 };
 
@@ -31,7 +31,7 @@ pub struct Journal {
     pub(super) denied: Vec<Denied>,
 }
 
-/// One root key with its certificate, the intermediates it signed, and the certificates that older roots gave it.
+/// One root key with its certificate, the intermediates below it, and the certificates that older roots gave it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RootAuthority {
     /// Where its root comes from.
@@ -70,7 +70,8 @@ pub enum Kind {
     Plugged,
 }
 
-/// How far a root authority has come. It moves in this order and never back.
+/// How far a root authority has come. It moves in this order and never back, unless an operator plugs in once more what
+/// was plugged in before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
@@ -89,8 +90,10 @@ pub enum Phase {
 /// A certificate that signs leaves.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Intermediate {
-    /// Signed by its authority's root.
+    /// Signed by its authority's root, or by the first of those above it.
     pub certificate: CaCertificate,
+    /// What stands between it and its root, nearest first. Only an operator's has any.
+    pub above: Vec<CaCertificate>,
     /// Gone once it is past.
     pub key: Option<SecretKey>,
     /// Whether it signs.
@@ -221,13 +224,13 @@ impl Journal {
             .iter()
             .flat_map(RootAuthority::certificates);
         let base64: usize = certificates.map(|c| c.der().len() * 4 / 3 + 256).sum();
-        // Each key has under 200 bytes, and there are no more of them than certificates.
+        // A key of ours has under 200 bytes, an RSA key of 4096 bits 3200 in base64; there are no more of them than certificates.
         let keys = self
             .authorities
             .iter()
             .flat_map(|a| &a.intermediates)
             .count()
-            * 512;
+            * 4096;
         4096 + base64 + keys + self.authorities.len() * 1024 + self.denied.len() * 128
     }
 
@@ -240,17 +243,14 @@ impl Journal {
         if active != 1 {
             return Err(JournalError::NotOneActive(active));
         }
-        if count(&[Phase::Prepared, Phase::Published]) > 1 {
+        if self.authorities.iter().filter(|a| a.is_next()).count() > 1 {
             return Err(JournalError::TwoRotations);
         }
-        let mut ids: Vec<&KeyId> = self
-            .authorities
-            .iter()
-            .flat_map(RootAuthority::own_ids)
-            .collect();
-        ids.sort();
-        if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(JournalError::Twice(pair[0].clone()));
+        // An operator may have one issuer's key signed by an old root and a new one, so it may stand below both.
+        let roots = self.authorities.iter().map(RootAuthority::id).collect();
+        let each = self.authorities.iter().map(|a| a.own_ids().collect());
+        if let Some(id) = std::iter::once(roots).chain(each).find_map(repeated) {
+            return Err(JournalError::Twice(id));
         }
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         let is_serial = |s: &str| (1..=40).contains(&s.len()) && s.bytes().all(is_hex);
@@ -269,6 +269,12 @@ impl RootAuthority {
         self.certificate.id()
     }
 
+    /// Whether it shall sign next. One without an intermediate is only trusted: an operator's bundle lists it.
+    pub(super) fn is_next(&self) -> bool {
+        let waits = matches!(self.phase, Phase::Prepared | Phase::Published);
+        waits && (self.kind == Kind::Root || !self.intermediates.is_empty())
+    }
+
     /// The intermediate in a state, of which there is at most one (of past ones: the newest).
     pub fn intermediate(&self, state: IntermediateState) -> Option<&Intermediate> {
         self.intermediates.iter().rev().find(|i| i.state == state)
@@ -283,9 +289,10 @@ impl RootAuthority {
         std::iter::once(&self.certificate)
             .chain(&self.cross_certificates)
             .chain(self.intermediates.iter().map(|i| &i.certificate))
+            .chain(self.intermediates.iter().flat_map(|i| &i.above))
     }
 
-    /// An intermediate has no instant of its own: its certificate begins a known span before it was made.
+    /// An intermediate of ours has no instant of its own: its certificate begins a known span before it was made.
     fn instants(&self) -> impl Iterator<Item = Timestamp> {
         let phases = [
             Some(self.prepared_at),
@@ -294,7 +301,11 @@ impl RootAuthority {
             self.retired_at,
             self.tainted,
         ];
-        let made = self.intermediates.iter().map(|i| {
+        let ours = self
+            .intermediates
+            .iter()
+            .filter(|_| self.kind == Kind::Root);
+        let made = ours.map(|i| {
             let begin = i.certificate.validity().not_before;
             begin
                 .saturating_add(super::profile::CA_BACKDATE)
@@ -306,13 +317,11 @@ impl RootAuthority {
     fn check(&self, trust_domain: &TrustDomain) -> Result<(), JournalError> {
         let id = || self.id().clone();
         let broken = |fault| Err(JournalError::Authority { id: id(), fault });
-        if self.kind == Kind::Root {
-            if self.certificate.uris() != [trust_domain.uri()] {
-                return broken("its root is of another trust domain");
-            }
-            if !self.certificate.is_signed_by(&self.certificate) {
-                return broken("its root is not signed by itself");
-            }
+        if self.kind == Kind::Root && self.certificate.uris() != [trust_domain.uri()] {
+            return broken("its root is of another trust domain");
+        }
+        if !self.certificate.is_root() {
+            return broken("its root is not signed by itself");
         }
         if !fits(self.key.as_ref(), &self.certificate) {
             return broken("its root's key is another's");
@@ -347,7 +356,7 @@ impl RootAuthority {
             return broken("it has two intermediates in one state");
         }
         for intermediate in &self.intermediates {
-            if !intermediate.certificate.is_signed_by(&self.certificate) {
+            if !intermediate.is_below(&self.certificate) {
                 return broken("an intermediate is not signed by its root");
             }
             if self.kind == Kind::Root && intermediate.certificate.uris() != [trust_domain.uri()] {
@@ -367,6 +376,15 @@ impl RootAuthority {
     }
 }
 
+impl Intermediate {
+    fn is_below(&self, root: &CaCertificate) -> bool {
+        let above = self.above.iter().chain([root]);
+        let path = std::iter::once(&self.certificate).chain(&self.above);
+        path.zip(above)
+            .all(|(certificate, issuer)| certificate.is_signed_by(issuer))
+    }
+}
+
 impl Phase {
     /// Whether verifiers trust it.
     pub fn is_trusted(self) -> bool {
@@ -376,6 +394,12 @@ impl Phase {
     fn has_keys(self) -> bool {
         self <= Self::Active
     }
+}
+
+fn repeated(mut ids: Vec<&KeyId>) -> Option<KeyId> {
+    ids.sort();
+    let pair = ids.windows(2).find(|pair| pair[0] == pair[1])?;
+    pair.first().map(|id| (*id).clone())
 }
 
 fn fits(key: Option<&SecretKey>, certificate: &CaCertificate) -> bool {
@@ -477,6 +501,11 @@ pub trait JournalHome: Send + Sync + 'static {
     /// Whether there is any trace of an earlier life (trust ConfigMap, filled caBundle): then a missing journal is a
     /// loss, and no new root is made.
     fn has_earlier_life(&self) -> impl Future<Output = Result<bool, HomeError>> + Send;
+    /// The issuer that the operator has put beside the journal; `None` where there is none, or where this kind of home has
+    /// no place for one.
+    fn plugged(&self) -> impl Future<Output = Result<Option<Files>, HomeError>> + Send {
+        async { Ok(None) }
+    }
 }
 
 /// Why a home could not do it.
@@ -558,6 +587,8 @@ struct WireAuthority {
 struct WireIntermediate {
     id: String,
     certificate: CaCertificate,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    above: Vec<CaCertificate>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     key: Option<SecretKey>,
     state: IntermediateState,
@@ -618,6 +649,7 @@ impl WireAuthority {
                 .map(|intermediate| WireIntermediate {
                     id: intermediate.certificate.id().to_string(),
                     certificate: intermediate.certificate,
+                    above: intermediate.above,
                     key: intermediate.key,
                     state: intermediate.state,
                 })
@@ -643,6 +675,7 @@ impl WireAuthority {
                 .map(|intermediate| {
                     Ok(Intermediate {
                         certificate: filed(intermediate.id, intermediate.certificate)?,
+                        above: intermediate.above,
                         key: intermediate.key,
                         state: intermediate.state,
                     })

@@ -8,16 +8,22 @@
 //! The intermediate rotates by itself and changes no trust, since every chain carries it: at half of its life `next` is
 //! written, and in a second write, once the first was read back, it becomes `active` and the old key is gone. A process
 //! killed anywhere between leaves a journal from which the next step goes on; `next` is neither lost nor made twice.
+//!
+//! Below an operator's root nothing is made here; see [`plug`](mod@plug).
+
+mod plug;
 
 use std::{fmt, time::Duration};
 
 use jiff::Timestamp;
 
+pub use self::plug::{first_plugged, next_elapsed, plug};
 use crate::{
     ca::{
         AuthorityError, KeyId, LeafPolicy, Serial, Validity,
         journal::{Intermediate, IntermediateState, Journal, Kind, Phase, RootAuthority},
         key::SecretKey,
+        plugged::Plugged,
         profile::{self, CA_BACKDATE},
     },
     identity::TrustDomain,
@@ -66,6 +72,28 @@ pub enum Done {
         /// How long, in seconds.
         seconds: u64,
     },
+    /// An operator's issuer signs below its root from now on, or will once the root does.
+    PluggedIssuerActivated {
+        /// Its key id.
+        id: KeyId,
+    },
+    /// An operator's root is trusted.
+    RootPublished {
+        /// Its key id.
+        id: KeyId,
+    },
+    /// An operator's root signs; the one before it drains.
+    RootActivated {
+        /// Its key id.
+        id: KeyId,
+    },
+    /// A root is trusted no more.
+    RootRetired {
+        /// Its key id.
+        id: KeyId,
+    },
+    /// An operator trusts other roots besides its own.
+    TrustChanged,
 }
 
 impl fmt::Display for Done {
@@ -80,6 +108,20 @@ impl fmt::Display for Done {
                 let life = Words(Duration::from_secs(*seconds));
                 write!(f, "leaves may live {life}")
             }
+            Self::PluggedIssuerActivated { id } => {
+                write!(f, "the plugged-in issuer {id} took its predecessor's place")
+            }
+            Self::RootPublished { id } => {
+                write!(f, "the plugged-in root {id} is trusted, and signs later")
+            }
+            Self::RootActivated { id } => {
+                write!(
+                    f,
+                    "the plugged-in root {id} signs, the one before it drains"
+                )
+            }
+            Self::RootRetired { id } => write!(f, "root {id} is trusted no more"),
+            Self::TrustChanged => f.write_str("the roots trusted besides the issuer's changed"),
         }
     }
 }
@@ -106,6 +148,11 @@ pub enum Refusal {
         "an intermediate made now would not outlive the present one, since the root ends at {0}"
     )]
     NothingGained(Timestamp),
+    /// By hand, below an operator's root.
+    #[error(
+        "the issuer is plugged in: put the next one into the Secret `cacerts`, it is taken over at once"
+    )]
+    PluggedIn,
 }
 
 /// How long the authority's own certificates live, and how long the leaves below them may.
@@ -223,6 +270,10 @@ impl fmt::Display for Words {
     }
 }
 
+/// How long a process signs without having read the journal. A root that stopped signing stays trusted for longer than
+/// this plus the longest leaf, so nothing that is signed in this time is refused by anybody.
+pub const STALE_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How far a clock may be behind the newest instant in the journal: as far as leaves are backdated.
 pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(5 * 60);
 
@@ -296,9 +347,24 @@ pub fn step(journal: &Journal, now: Timestamp, policy: &RotationPolicy) -> Step 
     plan(journal, now, policy, due)
 }
 
+/// What is due, where an operator may have plugged in an issuer. A clock that is not believed takes nothing over either.
+pub fn step_with(
+    journal: &Journal,
+    plugged: Option<&Plugged>,
+    now: Timestamp,
+    policy: &RotationPolicy,
+) -> Step {
+    let scheduled = step(journal, now, policy);
+    match (&scheduled, plugged) {
+        (Step::Refuse(Refusal::ClockJump { .. }), _) | (_, None) => scheduled,
+        (_, Some(plugged)) => plug(journal, plugged, now).unwrap_or(scheduled),
+    }
+}
+
 /// What is due when the operator asks for a new intermediate now.
 pub fn step_now(journal: &Journal, now: Timestamp, policy: &RotationPolicy) -> Step {
     match plan(journal, now, policy, now) {
+        Step::Wait(_) if journal.active().kind == Kind::Plugged => Step::Refuse(Refusal::PluggedIn),
         Step::Wait(end) => Step::Refuse(Refusal::NothingGained(end)),
         act => act,
     }
@@ -347,8 +413,22 @@ fn plan(journal: &Journal, now: Timestamp, policy: &RotationPolicy, due: Timesta
     if journal.longest_leaf < policy.leaf.max {
         return raise_longest_leaf(journal, policy.leaf.max);
     }
+    if let Some(step) = plug::elapsed(journal, now) {
+        return step;
+    }
+    match (plan_below_root(journal, now, due), next_elapsed(journal)) {
+        (Step::Wait(until), Some(other)) => Step::Wait(until.min(other)),
+        (step, _) => step,
+    }
+}
+
+fn plan_below_root(journal: &Journal, now: Timestamp, due: Timestamp) -> Step {
     let root = journal.active();
     let root_end = root.certificate.validity().not_after;
+    if root.kind == Kind::Plugged {
+        // Its issuer is replaced by whoever plugged it in.
+        return Step::Wait(root_end);
+    }
     if now >= root_end {
         return Step::Refuse(Refusal::RootEnded(root_end));
     }
@@ -436,6 +516,7 @@ fn sign_intermediate(
     )?;
     Ok(Intermediate {
         certificate,
+        above: Vec::new(),
         key: Some(key),
         state,
     })

@@ -15,8 +15,8 @@ use super::{
 use crate::{
     ca::{
         Validity,
-        journal::{HomeError, IntermediateState, Journal, JournalHome, Phase},
-        rotation::{CLOCK_TOLERANCE, RotationPolicy},
+        journal::{HomeError, IntermediateState, Journal, JournalHome, Kind, Phase},
+        rotation::{CLOCK_TOLERANCE, RotationPolicy, next_elapsed},
     },
     custody::{self, CustodyError, RotateRequest, Ticked},
     k8s::{
@@ -279,6 +279,7 @@ fn exit_of(error: &CustodyError) -> Exit {
         | CustodyError::Superseded { .. }
         | CustodyError::Refused(_)
         | CustodyError::RootByHand => Exit::Refused,
+        CustodyError::Plugged(_) => Exit::BadInput,
         CustodyError::Policy(_) => Exit::Usage,
         CustodyError::Dice => Exit::Internal,
     }
@@ -297,7 +298,10 @@ fn rows(journal: &Journal) -> Vec<Row> {
     let mut rows = Vec::new();
     for authority in journal.authorities() {
         rows.push(Row {
-            kind: "root",
+            kind: match authority.kind {
+                Kind::Root => "root",
+                Kind::Plugged => "plugged root",
+            },
             id: authority.id().to_string(),
             state: phase(authority.phase),
             validity: authority.certificate.validity(),
@@ -312,7 +316,7 @@ fn rows(journal: &Journal) -> Vec<Row> {
     rows
 }
 
-/// When the intermediate is replaced next; it is due at once where there is none.
+/// When the intermediate is, or should be, replaced next; at once where there is none.
 fn next(journal: &Journal, now: Timestamp) -> Timestamp {
     let active = journal.active().intermediate(IntermediateState::Active);
     active.map_or(now, |active| active.certificate.validity().half())
@@ -332,18 +336,32 @@ fn to_text(journal: &Journal, now: Timestamp) -> String {
         ]
     });
     let table = table(&std::iter::once(head).chain(rows).collect::<Vec<_>>());
-    let next = next(journal, now);
-    let due = if next <= now {
-        "due now".to_owned()
-    } else {
-        format!("{next}, in {}", span(now, next))
+    let due = |at: Timestamp| match at <= now {
+        true => "due now".to_owned(),
+        false => format!("{at}, in {}", span(now, at)),
     };
-    format!(
-        "trust domain {}, generation {}, epoch {}\n{table}next rotation of the intermediate: {due}\n",
+    let mut text = format!(
+        "trust domain {}, generation {}, epoch {}\n{table}",
         journal.trust_domain(),
         journal.generation(),
         journal.epoch(),
-    )
+    );
+    let _ = match journal.active().kind {
+        Kind::Root => writeln!(
+            text,
+            "next rotation of the intermediate: {}",
+            due(next(journal, now))
+        ),
+        Kind::Plugged => writeln!(
+            text,
+            "the issuer is plugged in; the next one belongs into the Secret cacerts before {}",
+            next(journal, now)
+        ),
+    };
+    if let Some(at) = next_elapsed(journal) {
+        let _ = writeln!(text, "next step of the roots' rotation: {}", due(at));
+    }
+    text
 }
 
 fn to_json(journal: &Journal, now: Timestamp) -> Value {
@@ -388,6 +406,7 @@ fn to_json(journal: &Journal, now: Timestamp) -> Value {
         "longestLeafSeconds": journal.longest_leaf().as_secs(),
         "authorities": authorities,
         "nextRotation": { "of": "intermediate", "at": next(journal, now) },
+        "nextRootStep": next_elapsed(journal),
     })
 }
 

@@ -8,6 +8,7 @@ use tokio::time::timeout;
 use crate::{
     ca::{
         journal::{HomeError, Journal, JournalHome, Stored},
+        plugged::Plugged,
         rotation::{self, Done, RotationPolicy, Step},
     },
     clock::Clock,
@@ -64,6 +65,7 @@ pub async fn rotate<H: JournalHome>(
         policy,
         clock,
         goal,
+        plugged: None,
         leads: None,
     };
     match advance.run(|_| Ok(())).await {
@@ -104,6 +106,8 @@ pub(super) struct Advance<'a, H> {
     pub(super) policy: &'a RotationPolicy,
     pub(super) clock: &'a Clock,
     pub(super) goal: Goal,
+    /// The operator's issuer, for whoever reads it. Verbs do not: they have no right to.
+    pub(super) plugged: Option<&'a Plugged>,
     /// The epoch in which the caller leads, where it does.
     pub(super) leads: Option<u64>,
 }
@@ -129,7 +133,7 @@ impl<H: JournalHome> Advance<'_, H> {
                 return Err(CustodyError::Superseded { own, seen });
             }
             let now = self.clock.now();
-            let (next, change) = match decide(journal, goal, now, self.policy)? {
+            let (next, change) = match decide(journal, goal, self.plugged, now, self.policy)? {
                 Decision::Wait(next) => {
                     let epoch = journal.epoch();
                     return Ok(Ticked { done, next, epoch });
@@ -180,7 +184,7 @@ async fn rehearse<H: JournalHome>(
     let mut journal = stored.journal;
     let mut done = Vec::new();
     loop {
-        match decide(&journal, goal, now, policy)? {
+        match decide(&journal, goal, None, now, policy)? {
             Decision::Wait(next) => {
                 let epoch = journal.epoch();
                 return Ok(Ticked { done, next, epoch });
@@ -202,11 +206,12 @@ enum Decision {
 fn decide(
     journal: &Journal,
     goal: Goal,
+    plugged: Option<&Plugged>,
     now: Timestamp,
     policy: &RotationPolicy,
 ) -> Result<Decision, CustodyError> {
     let step = match goal {
-        Goal::WhatIsDue => rotation::step(journal, now, policy),
+        Goal::WhatIsDue => rotation::step_with(journal, plugged, now, policy),
         Goal::NewIntermediate => rotation::step_now(journal, now, policy),
         Goal::Lead => return Ok(Decision::Save(Box::new(journal.led_anew()), None)),
         Goal::Done => return Ok(Decision::Wait(now)),

@@ -26,6 +26,7 @@ pub struct Metrics {
     errors: Family<StepLabel, Counter>,
     generation: Gauge<i64, AtomicI64>,
     matches: Gauge<i64, AtomicI64>,
+    plugged: Family<SecretLabel, Gauge<i64, AtomicI64>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -37,6 +38,12 @@ struct Certificate {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PhaseLabel {
     phase: &'static str,
+}
+
+/// A gauge without labels cannot be absent.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SecretLabel {
+    secret: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -53,16 +60,18 @@ pub(super) enum Step {
     MakeKey,
     Save,
     Serve,
+    Plug,
 }
 
 impl Step {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Load,
         Self::Verify,
         Self::Decide,
         Self::MakeKey,
         Self::Save,
         Self::Serve,
+        Self::Plug,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -73,6 +82,7 @@ impl Step {
             Self::MakeKey => "make_key",
             Self::Save => "save",
             Self::Serve => "serve",
+            Self::Plug => "plug",
         }
     }
 }
@@ -122,6 +132,11 @@ impl Metrics {
             "malha_ca_loaded_key_id_matches",
             "1 where the authority in use is the one in the journal",
             self.matches.clone(),
+        );
+        registry.register(
+            "malha_ca_plugged_key_id_matches",
+            "1 where the issuer in the Secret cacerts is the one that signs, 0 where it is not, absent where there is none",
+            self.plugged.clone(),
         );
     }
 
@@ -180,6 +195,17 @@ impl Metrics {
 
     pub(super) fn matches(&self, matches: bool) {
         self.matches.set(i64::from(matches));
+    }
+
+    /// `None` where nothing is plugged in.
+    pub(super) fn plugged(&self, matches: Option<bool>) {
+        let label = SecretLabel { secret: "cacerts" };
+        if let Some(matches) = matches {
+            let gauge = self.plugged.get_or_create(&label);
+            gauge.set(i64::from(matches));
+        } else {
+            self.plugged.remove(&label);
+        }
     }
 
     fn show(&self, kind: &'static str, state: &'static str, validity: Option<Validity>) {

@@ -13,9 +13,12 @@ use crate::ca::{
     KeyedChain, Serial,
     journal::{IntermediateState, Journal, Phase},
     peer::{self, Side},
+    plugged::Files,
     profile::Profile,
     rotation::Done,
-    tests::support::{DAY, HOUR, at, founded, mesh, new_key, roll, workload},
+    tests::support::{
+        DAY, HOUR, OperatorCa, at, founded, mesh, new_key, plugged_files, roll, workload,
+    },
 };
 
 const BIRTH: &str = "2026-01-01T00:00:00Z";
@@ -38,6 +41,8 @@ struct Content {
     /// The text, so that every read is a parse.
     text: Option<Vec<u8>>,
     earlier_life: bool,
+    /// What an operator put beside it.
+    plugged: Option<Files>,
     /// Who holds the store up: every call fails.
     unreachable: bool,
 }
@@ -146,6 +151,15 @@ impl JournalHome for MemoryHome {
     async fn replace(&self, seen: &str, journal: &Journal) -> Result<Stored, HomeError> {
         tokio::task::yield_now().await;
         self.write(Some(seen), journal)
+    }
+
+    async fn plugged(&self) -> Result<Option<Files>, HomeError> {
+        tokio::task::yield_now().await;
+        let content = self.0.content.lock().expect("no panic while locked");
+        match content.unreachable {
+            true => Err(unreachable()),
+            false => Ok(content.plugged.clone()),
+        }
     }
 
     async fn has_earlier_life(&self) -> Result<bool, HomeError> {
@@ -1176,4 +1190,141 @@ async fn whatever_happens_in_whatever_order_every_leaf_is_accepted_by_every_repl
         last.tick().await.expect("all is well in the end");
         accepts(&last.authority(), &last.authority(), hand.now());
     }
+}
+
+/// An operator's root, and an issuer of a year below it.
+fn operator() -> (OperatorCa, OperatorCa) {
+    let validity = crate::ca::Validity {
+        not_before: at("2025-12-01T00:00:00Z"),
+        not_after: at("2027-01-01T00:00:00Z"),
+    };
+    let root = OperatorCa::root("root", validity);
+    let issuer = root.below("issuer", validity, Some(0));
+    (root, issuer)
+}
+
+#[tokio::test]
+async fn an_issuer_that_is_broken_at_the_first_start_is_not_replaced_by_a_root_of_ours() {
+    let (home, hand) = (MemoryHome::default(), Hand::at(at(BIRTH)));
+    let (root, issuer) = operator();
+    let whole = plugged_files(&issuer, &[&issuer], &[&root]);
+    let half = Files {
+        ca_key: None,
+        ..whole.clone()
+    };
+    home.change(|content| content.plugged = Some(half));
+    let metrics = Metrics::default();
+    let refused = Custody::open(
+        home.clone(),
+        policy(),
+        mesh(),
+        hand.clock(),
+        metrics.clone(),
+    )
+    .await
+    .err()
+    .expect("nothing to sign with");
+    assert!(matches!(refused, CustodyError::Plugged(_)), "{refused}");
+    assert!(
+        refused.to_string().contains("ca-key.pem is missing"),
+        "{refused}"
+    );
+    assert_eq!(home.journal(), None, "no root was made");
+    let failed = "malha_ca_rotation_errors_total{step=\"plug\"}";
+    assert_eq!(sample(&samples(&metrics), failed), Some(1));
+
+    home.change(|content| content.unreachable = true);
+    try_open(&home, &hand)
+        .await
+        .err()
+        .expect("nobody knows whether there is one");
+    home.change(|content| {
+        content.unreachable = false;
+        content.plugged = Some(whole);
+    });
+    let custody = open(&home, &hand).await;
+    assert_eq!(custody.authority().bundle().len(), 1);
+    let active = home.journal().expect("founded");
+    assert_eq!(active.active().kind, Kind::Plugged);
+}
+
+#[tokio::test]
+async fn whatever_becomes_of_the_operators_secret_the_last_good_issuer_signs() {
+    let (home, hand) = (MemoryHome::default(), Hand::at(at(BIRTH)));
+    let (root, issuer) = operator();
+    let whole = plugged_files(&issuer, &[&issuer], &[&root]);
+    home.change(|content| content.plugged = Some(whole.clone()));
+    let metrics = Metrics::default();
+    let custody = Custody::open(
+        home.clone(),
+        policy(),
+        mesh(),
+        hand.clock(),
+        metrics.clone(),
+    )
+    .await
+    .expect("opens");
+    let matches = "malha_ca_plugged_key_id_matches{secret=\"cacerts\"}";
+    let shown = || sample(&samples(&metrics), matches);
+    let mut news = custody.plugging();
+    custody.tick().await.expect("nothing is due");
+    assert!(matches!(*news.borrow_and_update(), Plugging::Signs(_)));
+    assert_eq!(shown(), Some(1));
+    let good = custody.authority().issuer_key_id().clone();
+
+    let (_, other) = operator();
+    let half_written = Files {
+        ca_cert: Some(other.certificate.clone().into_bytes()),
+        ..whole.clone()
+    };
+    for broken in [Files::default(), half_written] {
+        home.change(|content| content.plugged = Some(broken));
+        custody.tick().await.expect("what signs goes on");
+        assert!(matches!(*news.borrow_and_update(), Plugging::Refused(_)));
+        assert_eq!(shown(), Some(0));
+        assert_eq!(*custody.authority().issuer_key_id(), good);
+        // a restart changes nothing about it
+        let again = open(&home, &hand).await;
+        assert_eq!(*again.authority().issuer_key_id(), good);
+    }
+    home.change(|content| content.plugged = None);
+    custody.tick().await.expect("what signs goes on");
+    assert_eq!(*news.borrow_and_update(), Plugging::Gone);
+    assert_eq!(shown(), None);
+    assert_eq!(*custody.authority().issuer_key_id(), good);
+    assert_eq!(*open(&home, &hand).await.authority().issuer_key_id(), good);
+
+    let next = root.below(
+        "next",
+        crate::ca::Validity {
+            not_before: at("2025-12-01T00:00:00Z"),
+            not_after: at("2026-06-01T00:00:00Z"),
+        },
+        Some(0),
+    );
+    let follower = open(&home, &hand).await;
+    home.change(|content| {
+        content.plugged = Some(plugged_files(&next, &[&next], &[&root]));
+    });
+    let done = custody.tick().await.expect("taken over").done;
+    assert!(
+        matches!(done[..], [Done::PluggedIssuerActivated { .. }]),
+        "{done:?}"
+    );
+    assert_ne!(*custody.authority().issuer_key_id(), good);
+    accepts(&custody.authority(), &follower.authority(), hand.now());
+    follower.refresh().await.expect("reads");
+    assert_eq!(
+        follower.authority().issuer_key_id(),
+        custody.authority().issuer_key_id()
+    );
+    assert!(news.has_changed().expect("it lives"));
+
+    let by_hand = RotateRequest {
+        intermediate: true,
+        ..RotateRequest::default()
+    };
+    let refused = rotate(&home, &policy(), by_hand, &hand.clock()).await;
+    let refused = refused.expect_err("it is the operator's").to_string();
+    assert!(refused.contains("cacerts"), "{refused}");
 }

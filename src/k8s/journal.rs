@@ -1,6 +1,7 @@
 //! The journal's home in the cluster: one Secret, changed only by compare-and-swap on its `resourceVersion`.
 //!
-//! [`Journal`] <-> `data["journal.json"]` of Secret `malha-ca`, type `malha.io/ca-journal`
+//! [`Journal`] <-> `data["journal.json"]` of Secret `malha-ca`, type `malha.io/ca-journal`;
+//! Secret `cacerts` -> [`Files`], an operator's own issuer, which is only read
 //!
 //! The API server keeps replicas apart: of two that create the Secret, or replace the same version of it, one is told 409.
 
@@ -25,6 +26,7 @@ use super::{ApiError, ask, follow::Follow};
 use crate::ca::{
     bundle::Bundle,
     journal::{HomeError, Journal, JournalHome, Stored},
+    plugged::{CA_CERT, CA_KEY, CERT_CHAIN, Files, ROOT_CERT},
 };
 
 /// The key of the Secret's `data` that holds the journal.
@@ -32,6 +34,9 @@ pub const JOURNAL_KEY: &str = "journal.json";
 
 /// The Secret's type: nothing else in a cluster reads or writes secrets of this type.
 pub const JOURNAL_TYPE: &str = "malha.io/ca-journal";
+
+/// The Secret with an operator's own issuer, where Istio's users have it.
+pub const PLUGGED: &str = "cacerts";
 
 /// On what an authority writes into other namespaces: the namespace of its journal.
 pub const AUTHORITY: &str = "malha.io/authority";
@@ -84,8 +89,30 @@ impl SecretHome {
         watch::Receiver<Option<String>>,
         impl Future<Output = ()> + Send + use<>,
     ) {
+        self.versions(&self.name, stop)
+    }
+
+    /// The same of the Secret [`PLUGGED`].
+    pub fn plugged_changes(
+        &self,
+        stop: CancellationToken,
+    ) -> (
+        watch::Receiver<Option<String>>,
+        impl Future<Output = ()> + Send + use<>,
+    ) {
+        self.versions(PLUGGED, stop)
+    }
+
+    fn versions(
+        &self,
+        name: &str,
+        stop: CancellationToken,
+    ) -> (
+        watch::Receiver<Option<String>>,
+        impl Future<Output = ()> + Send + use<>,
+    ) {
         let (tell, told) = watch::channel(None);
-        let follow = Follow::new(self.metadata.clone(), &self.name);
+        let follow = Follow::new(self.metadata.clone(), name);
         (told, async move {
             tokio::select! {
                 () = stop.cancelled() => {}
@@ -219,6 +246,24 @@ impl JournalHome for SecretHome {
         Ok(webhooks.unwrap_or_default().iter().any(|entry| {
             let bundle = entry.client_config.ca_bundle.as_ref();
             bundle.is_some_and(|ByteString(pem)| Bundle::parse_pem(pem).is_ok())
+        }))
+    }
+
+    async fn plugged(&self) -> Result<Option<Files>, HomeError> {
+        let found = ask(self.secrets.get_opt(PLUGGED)).await;
+        let found = found.map_err(|source| HomeError::Unreachable {
+            home: format!("Secret {}/{PLUGGED}", self.namespace),
+            source: source.into(),
+        })?;
+        Ok(found.map(|secret| {
+            let mut data = secret.data.unwrap_or_default();
+            let mut take = |name| data.remove(name).map(|ByteString(text)| text);
+            Files {
+                ca_cert: take(CA_CERT),
+                ca_key: take(CA_KEY).map(Zeroizing::new),
+                cert_chain: take(CERT_CHAIN),
+                root_cert: take(ROOT_CERT),
+            }
         }))
     }
 }

@@ -394,7 +394,7 @@ async fn rotate_intermediate(kubeconfig: &Path) -> Output {
 }
 
 /// A CSR by openssl, PEM, that asks for much more than its key.
-async fn csr(dir: &Path) -> String {
+pub(crate) async fn csr(dir: &Path) -> String {
     let output = openssl(
         dir,
         &[
@@ -420,7 +420,7 @@ async fn csr(dir: &Path) -> String {
 }
 
 /// What a verifier that nobody here wrote says: the leaf in words, after the chain was verified.
-async fn verified_by_openssl(dir: &Path, chain: &str, bundle: &Path) -> String {
+pub(crate) async fn verified_by_openssl(dir: &Path, chain: &str, bundle: &Path) -> String {
     let leaf = dir.join("leaf.pem");
     let end = "-----END CERTIFICATE-----";
     let (first, rest) = chain.split_once(end).expect("a certificate");
@@ -447,7 +447,7 @@ async fn verified_by_openssl(dir: &Path, chain: &str, bundle: &Path) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-async fn openssl(dir: &Path, args: &[&str]) -> Output {
+pub(crate) async fn openssl(dir: &Path, args: &[&str]) -> Output {
     let mut command = tokio::process::Command::new("openssl");
     command.args(args).current_dir(dir);
     let output = rig::run(command, None).await;
@@ -460,7 +460,12 @@ async fn openssl(dir: &Path, args: &[&str]) -> Output {
 }
 
 /// `POST /v1/certificates` by curl: status and answer.
-async fn certificate(replica: &Replica, bundle: &Path, token: &str, csr: &str) -> (u16, Value) {
+pub(crate) async fn certificate(
+    replica: &Replica,
+    bundle: &Path,
+    token: &str,
+    csr: &str,
+) -> (u16, Value) {
     let port = replica.ca.port();
     let url = format!("https://malha.malha-system.svc:{port}/v1/certificates");
     let to = format!("malha.malha-system.svc:{port}:127.0.0.1");

@@ -23,6 +23,7 @@ mod mesh;
 mod node;
 mod operator;
 mod outage;
+mod plugged;
 mod pods;
 mod programs_build;
 mod rbac;

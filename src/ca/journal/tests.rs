@@ -368,7 +368,7 @@ fn broken_promises_are_found_when_it_is_read() {
             |v, _| {
                 v["authorities"][0]["key"] = v["authorities"][0]["certificate"].clone();
             },
-            "not a P-256 or P-384 key",
+            "not a P-256, P-384 or RSA key",
         ),
         (
             "an intermediate for a root",

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use k8s_openapi::api::core::v1::ObjectReference;
 use prometheus_client::registry::Registry;
 use tokio::{
     sync::watch,
@@ -24,7 +25,9 @@ use crate::{
     k8s::{
         self, Access,
         ca_bundle::{self, Keeper, Live, Targets},
-        conditions, events,
+        conditions,
+        events::{self, Note, Notes},
+        journal::PLUGGED,
         lease::{self, Candidate},
         mesh, pods,
         tokens::{ClusterTokens, Options, Validation},
@@ -122,7 +125,8 @@ pub(super) async fn serve(
     if !until_clock_is_sane(&world, &stop).await {
         return Ok(());
     }
-    let Some(custody) = plane.open(&home, mends).await? else {
+    let plug = Plug::new(&namespace, notes.clone());
+    let Some(custody) = plane.open(&home, |error| plug.refused(error)).await? else {
         return Ok(());
     };
     let (changes, listening) = home.changes(stop.clone());
@@ -130,6 +134,12 @@ pub(super) async fn serve(
     plane.tasks.own(
         "journal refresh",
         refresh_on_change(custody.clone(), changes, stop.clone()),
+    );
+    let (changes, listening) = home.plugged_changes(stop.clone());
+    plane.tasks.own("plugged-in issuer watch", listening);
+    plane.tasks.own(
+        "plugged-in issuer",
+        plug.keep(custody.clone(), changes, stop.clone()),
     );
 
     let (live, publishing) = ca_bundle::keep(Keeper {
@@ -322,6 +332,76 @@ async fn refresh_on_change<H: JournalHome>(
                 "the changed CA journal was not taken over"
             );
         }
+    }
+}
+
+/// Sees to the operator's issuer: whoever leads looks at once when its Secret changed, and people are told what came of it.
+struct Plug {
+    secret: ObjectReference,
+    notes: Notes,
+}
+
+impl Plug {
+    fn new(namespace: &str, notes: Notes) -> Self {
+        let secret = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Secret".to_owned()),
+            namespace: Some(namespace.to_owned()),
+            name: Some(PLUGGED.to_owned()),
+            ..ObjectReference::default()
+        };
+        Self { secret, notes }
+    }
+
+    /// Tells of an issuer that keeps the authority from its first start; whether the error [`mends`].
+    fn refused(&self, error: &CustodyError) -> bool {
+        if let CustodyError::Plugged(_) = error {
+            self.tell(
+                events::Kind::Warning,
+                "PluggedIssuerRefused",
+                error.to_string(),
+            );
+        }
+        mends(error)
+    }
+
+    async fn keep<H: JournalHome>(
+        self,
+        custody: Arc<Custody<H>>,
+        mut changes: watch::Receiver<Option<String>>,
+        stop: CancellationToken,
+    ) {
+        let mut news = custody.plugging();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = changes.changed() => match changed {
+                    Ok(()) => custody.nudge(),
+                    Err(_) => return stop.cancelled().await,
+                },
+                told = news.changed() => if told.is_ok() {
+                    let news = news.borrow_and_update().clone();
+                    if let Some(words) = news.words() {
+                        let (kind, reason) = match news.is_warning() {
+                            true => (events::Kind::Warning, "PluggedIssuerRefused"),
+                            false => (events::Kind::Normal, "PluggedIssuerTaken"),
+                        };
+                        self.tell(kind, reason, words);
+                    }
+                },
+            }
+        }
+    }
+
+    fn tell(&self, kind: events::Kind, reason: &'static str, text: String) {
+        self.notes.tell(Note {
+            regarding: self.secret.clone(),
+            kind,
+            reason,
+            action: "TakeOver",
+            distinction: text.clone(),
+            text,
+        });
     }
 }
 
