@@ -79,7 +79,8 @@ fn programs_are_built_once_and_found_at_once() {
             "etcd",
             "kube-apiserver",
             "kube-controller-manager",
-            "kubectl"
+            "kubectl",
+            "helm"
         ]
     );
     for args in [&["cluster"][..], &["--where", "cluster"]] {
@@ -90,7 +91,7 @@ fn programs_are_built_once_and_found_at_once() {
             "{again:?}"
         );
     }
-    assert_eq!(pretence.runs_of_go(), 4, "one run a program");
+    assert_eq!(pretence.runs_of_go(), 5, "one run a program");
 }
 
 #[test]
@@ -155,5 +156,5 @@ fn programs_of_envtest_are_taken_where_they_are() {
         .expect("it runs");
     let line = format!("kube-apiserver {}/kube-apiserver\n", assets.display());
     assert!(text(&build).contains(&line), "{build:?}");
-    assert_eq!(pretence.runs_of_go(), 3, "the others are built");
+    assert_eq!(pretence.runs_of_go(), 4, "the others are built");
 }

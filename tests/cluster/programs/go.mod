@@ -1,6 +1,7 @@
 // The programs of the test cluster, pinned: each `tool` line is built by `build` beside this file. There is no
 // code of ours in this module. Staging modules of Kubernetes v1.N carry the version v0.N and must agree with it, and
-// containerd 2.3 is the one that wants the same v0.N. CoreDNS does not agree with them: coredns/ is a module of its own.
+// containerd 2.3 is the one that wants the same v0.N. CoreDNS and Helm do not agree with them: coredns/ and helm/ are
+// modules of their own.
 module malha.io/tests/cluster/programs
 
 go 1.26.8
