@@ -207,9 +207,14 @@ bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>
 bench-mesh: rig image ## Measure what two sidecars add to a call, on a node of its own (root; some minutes)
 	MALHA_IMAGES=$(TARGET)/images/release $(CARGO) test --locked --test cluster bench_mesh -- --ignored --nocapture
 
-manifests: ## Print what `kubectl apply -k manifests/base` applies
-	@command -v kubectl >/dev/null 2>&1 || { echo "make: kubectl is needed: https://kubernetes.io/docs/tasks/tools" >&2; exit 1; }
-	@kubectl kustomize manifests/base
+# With the kubectl of the test cluster, so that everybody's renders alike.
+KUBECTL = $$(tests/cluster/programs/build --where cluster | sed -n 's/^kubectl //p')
+manifests: needs-go ## Write manifests/install*.yaml anew from manifests/base and the overlay ha
+	@tests/cluster/programs/build cluster >/dev/null
+	@for form in install:base install-ha:overlays/ha; do \
+		{ echo "# Written by \`make manifests\` from manifests/$${form#*:}; change that instead."; \
+		$(KUBECTL) kustomize "manifests/$${form#*:}"; } > "manifests/$${form%%:*}.yaml" || exit 1; \
+	done
 
 clean: ## Remove what the build made, the state of `make run` included
 	$(CARGO) clean

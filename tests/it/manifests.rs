@@ -280,6 +280,8 @@ fn images_carry_this_release_and_never_latest() {
         "images are not of {version}"
     );
     assert!(kustomization.contains(&format!("app.kubernetes.io/version: {version}\n")));
+    let chart = read("manifests/chart/Chart.yaml");
+    assert!(chart.contains(&format!("\nversion: {version}\nappVersion: {version}\n")));
     let embedded = InjectSettings::embedded();
     let injector = settings_of("injector.yaml");
     let merged = InjectSettings::merged(&injector).expect("the injector's settings of config.yaml");
@@ -371,11 +373,14 @@ fn all_of(kind: &str) -> Vec<Value> {
     all.filter(|object| object["kind"] == kind).collect()
 }
 
-/// Every object below a directory with its file; kustomizations and the injector's defaults are none.
+/// Every object below a directory with its file; kustomizations, the injector's defaults and the chart are none.
 fn objects(directory: &str) -> Vec<(String, Value)> {
     let mut all = Vec::new();
     for (file, text) in files(directory) {
-        if file.ends_with("kustomization.yaml") || file.contains("/defaults/") {
+        if file.ends_with("kustomization.yaml")
+            || file.contains("/defaults/")
+            || file.contains("/chart/")
+        {
             continue;
         }
         let found: Vec<Value> =
