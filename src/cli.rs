@@ -7,6 +7,7 @@
 
 mod ca;
 mod cert;
+mod check;
 mod cluster;
 mod completions;
 mod config;
@@ -15,14 +16,18 @@ mod edges;
 mod exit;
 mod explain;
 mod inject;
+mod install;
 mod mesh;
 mod ps;
+mod rendering;
+mod rollout;
 mod serve;
 mod settings;
 mod terminal;
 mod token;
 mod tour;
 mod uninject;
+mod uninstall;
 
 use std::process::ExitCode;
 
@@ -69,6 +74,9 @@ enum Verb {
     Inject(inject::Args),
     Uninject(uninject::Args),
     Explain(explain::Args),
+    Check(check::Args),
+    Install(install::Args),
+    Uninstall(uninstall::Args),
     Ps(ps::Args),
     Config(config::Args),
     Edges(edges::Args),
@@ -86,6 +94,9 @@ impl Verb {
             Self::Inject(args) => inject::run(args, terminal),
             Self::Uninject(args) => uninject::run(args, terminal),
             Self::Explain(args) => explain::run(args, terminal),
+            Self::Check(args) => check::run(args, terminal),
+            Self::Install(args) => install::run(args, terminal),
+            Self::Uninstall(args) => uninstall::run(args, terminal),
             Self::Ps(args) => ps::run(args, terminal),
             Self::Config(args) => config::run(args, terminal),
             Self::Edges(args) => edges::run(args, terminal),

@@ -1,11 +1,13 @@
 //! A running mesh, asked with the operator's own rights: what the verbs share that look at pods and the control plane.
 //!
-//! kubeconfig -> [`Cluster`] -> objects; [`ControlPlane`] -> the documents of port 15016, from every replica
+//! kubeconfig -> [`Cluster`] <-> objects; [`ControlPlane`] -> the documents of port 15016, from every replica
 //!
 //! Port 15016 listens on loopback only, so it is reached by port-forward; whoever may not forward ports of the control
 //! plane's pods is told so by the API server.
 
 mod loopback;
+mod questions;
+mod writes;
 
 use std::{fmt::Debug, future::Future, time::Duration};
 
@@ -32,7 +34,7 @@ const QUESTIONS_PORT: u16 = 15016;
 /// The sidecar's container.
 const SIDECAR: &str = "malha-proxy";
 /// Which pods are the control plane's.
-const CONTROL_PLANE: &str =
+pub(super) const CONTROL_PLANE: &str =
     "app.kubernetes.io/name=malha,app.kubernetes.io/component=control-plane";
 /// How long one question may take, the way through the API server included.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -179,8 +181,19 @@ impl Cluster {
         resource: &ApiResource,
         namespace: Option<&str>,
     ) -> anyhow::Result<Vec<Value>> {
+        self.objects_that(resource, namespace, &ListParams::default())
+            .await
+    }
+
+    /// [`Cluster::objects`] that selectors choose.
+    pub(super) async fn objects_that(
+        &self,
+        resource: &ApiResource,
+        namespace: Option<&str>,
+        which: &ListParams,
+    ) -> anyhow::Result<Vec<Value>> {
         let api = self.dynamic(resource, namespace);
-        let list = match ask(api.list(&ListParams::default())).await {
+        let list = match ask(api.list(which)).await {
             Err(ApiError::Refused(kube::Error::Api(status))) if status.code == 404 => {
                 return Ok(Vec::new());
             }

@@ -3,7 +3,7 @@
 //! Colour follows the terminal, `NO_COLOR` and `CLICOLOR_FORCE`; the marks follow the locale. A reader that goes away
 //! (`malha inject -f big.yaml | head`) ends the verb in silence.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
@@ -56,6 +56,13 @@ impl Terminal {
     pub fn note(&mut self, line: &str) {
         // Nobody is left to be told about a standard error that is closed.
         let _ = writeln!(anstream::stderr(), "{line}");
+    }
+
+    /// Says what is being waited for, to whoever sits at a terminal.
+    pub(super) fn progress(&mut self, line: &str) {
+        if io::stderr().is_terminal() {
+            self.note(line);
+        }
     }
 
     /// The mark, coloured; `ok`, `!`, `x` where the locale is not UTF-8.

@@ -5,6 +5,7 @@ mod admission;
 mod authority;
 mod bench_mesh;
 mod ca_bundle;
+mod check;
 #[path = "../support/delta.rs"]
 mod delta;
 #[path = "../support/dice.rs"]
@@ -23,6 +24,7 @@ mod mesh;
 mod node;
 mod operator;
 mod outage;
+mod packaging;
 mod plugged;
 mod pods;
 mod programs_build;

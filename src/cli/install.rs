@@ -1,0 +1,164 @@
+//! `malha install`: the manifests that travel with the program, printed or applied.
+//!
+//! [`rendering`] -> text; with --apply -> server-side apply -> the Deployment ready -> a pod in a dry run
+
+use std::{io::IsTerminal as _, time::Duration};
+
+use anyhow::anyhow;
+use serde_json::{Value, json};
+
+use super::{
+    Exit, Failure, Terminal,
+    check::admission,
+    cluster::{self, Cluster, ClusterArgs},
+    documents,
+    exit::OrExit as _,
+    rendering::{self, ObjectName},
+    rollout,
+    terminal::Mark,
+};
+use crate::config::parse_duration;
+
+/// Install the control plane: print what would be applied, or apply it.
+///
+/// The objects are those of manifests/install.yaml of this version. --apply needs the rights of a cluster administrator:
+/// it applies them server-side under its own field manager, waits until the control plane is ready, and then has the API
+/// server try a pod (a dry run, nothing is stored). Applying again upgrades in place.
+///
+/// Exit codes: 0; 1 where an object was refused, the control plane did not become ready, or the pod got no sidecar; 69
+/// where the cluster does not answer.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// Three replicas that never share a node, instead of two that prefer not to.
+    #[arg(long)]
+    ha: bool,
+    /// Where the three images are pulled from, such as registry.example.com/mesh; without it they must be on the nodes.
+    #[arg(long, value_name = "REGISTRY", value_parser = parse_registry)]
+    image_registry: Option<String>,
+    /// How the objects are written.
+    #[arg(short, long, value_enum, default_value_t = Format::Yaml, conflicts_with = "apply")]
+    output: Format,
+    /// Apply them; the names of what was applied are the result.
+    #[arg(long)]
+    apply: bool,
+    /// Take over fields that somebody else manages, such as what `kubectl edit` changed.
+    #[arg(long, requires = "apply")]
+    force: bool,
+    /// How long the control plane may take to become ready.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration, requires = "apply")]
+    timeout: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// As `kubectl apply -f -` takes it.
+    Yaml,
+    /// One List.
+    Json,
+    /// KIND/NAME, one a line.
+    Name,
+}
+
+/// A registry, and perhaps a path in it: no scheme, no tag, no slash at the end.
+fn parse_registry(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._:/".contains(c);
+    let whole = text.split('/').all(|part| !part.is_empty());
+    if whole && text.chars().all(legal) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "{text:?} is not a registry such as registry.example.com/mesh"
+        ))
+    }
+}
+
+pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
+    let mut objects = rendering::objects(args.ha);
+    if let Some(registry) = &args.image_registry {
+        rendering::pull_from(registry, &mut objects);
+    }
+    if args.apply {
+        return cluster::block_on(apply(&args, &objects, terminal));
+    }
+    let text = match args.output {
+        Format::Yaml if args.image_registry.is_none() => rendering::text(args.ha).to_owned(),
+        Format::Yaml => {
+            let documents: anyhow::Result<Vec<_>> =
+                objects.iter().map(documents::to_yaml).collect();
+            documents.or_exit(Exit::Internal)?.join("---\n")
+        }
+        Format::Json => {
+            let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
+            format!("{list:#}\n")
+        }
+        Format::Name => objects
+            .iter()
+            .map(|object| ObjectName::of(object).as_kubectl() + "\n")
+            .collect(),
+    };
+    terminal.result(&text)?;
+    if std::io::stdout().is_terminal() {
+        terminal.note("nothing was applied; --apply does it");
+    }
+    Ok(Exit::Done)
+}
+
+async fn apply(args: &Args, objects: &[Value], terminal: &mut Terminal) -> Result<Exit, Failure> {
+    let cluster = args.cluster.connect().await?;
+    for object in objects {
+        let name = ObjectName::of(object);
+        cluster.apply(&name, object, args.force).await?;
+        terminal.result(&format!("{}\n", name.as_kubectl()))?;
+    }
+    terminal.progress("waiting for the control plane");
+    let deployment = ObjectName::new(
+        ("apps", "v1", "Deployment"),
+        Some(rendering::NAMESPACE),
+        "malha",
+    );
+    rollout::finished(&cluster, &deployment, args.timeout).await?;
+    terminal.progress("having the API server try a pod");
+    verify(&cluster, terminal).await
+}
+
+/// Has the API server try a pod, until it gets its sidecar or the moment is over in which a new configuration of a webhook
+/// reaches every API server.
+async fn verify(cluster: &Cluster, terminal: &mut Terminal) -> Result<Exit, Failure> {
+    let tried = cluster
+        .until("a pod in a dry run", MOMENT, || async {
+            let outcome = admission::try_a_pod(cluster).await?;
+            Ok(outcome.fault())
+        })
+        .await;
+    match tried {
+        Ok(()) => {
+            let mark = terminal.mark(Mark::Pass);
+            terminal.note(&format!(
+                "{mark} a pod in a dry run got its sidecar; `malha mesh NAMESPACE --restart` brings a namespace in"
+            ));
+            Ok(Exit::Done)
+        }
+        Err(failure) => Err(failure
+            .exit
+            .because(anyhow!("{:#}; `malha check` looks closer", failure.error))),
+    }
+}
+
+const MOMENT: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registry_has_no_scheme_and_no_loose_ends() {
+        for right in ["registry.example.com", "localhost:5000/mesh", "a.b/c/d"] {
+            assert!(parse_registry(right).is_ok(), "{right}");
+        }
+        for wrong in ["", "https://a.b", "a.b/", "/a", "a b", "A.b"] {
+            assert!(parse_registry(wrong).is_err(), "{wrong}");
+        }
+    }
+}
