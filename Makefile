@@ -151,6 +151,7 @@ test-cluster: needs-rust needs-clients rig ## Run the tests on a real API server
 
 test-node: needs-rust needs-clients rig ## Run the tests on a real node with pods (root)
 	$(CARGO) test --locked --test cluster -- $(or $(ARGS),$(ON_NODE))
+	$(if $(ARGS),,$(CARGO) test --locked --test cluster lifecycle::on_a_node -- --ignored)
 
 # A node needs root, so whoever is not root gets the programs of a cluster without nodes.
 ifeq ($(shell id -u),0)

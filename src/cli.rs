@@ -17,6 +17,7 @@ mod exit;
 mod explain;
 mod inject;
 mod install;
+mod membership;
 mod mesh;
 mod ps;
 mod rendering;
@@ -77,6 +78,8 @@ enum Verb {
     Check(check::Args),
     Install(install::Args),
     Uninstall(uninstall::Args),
+    Mesh(membership::Mesh),
+    Unmesh(membership::Unmesh),
     Ps(ps::Args),
     Config(config::Args),
     Edges(edges::Args),
@@ -97,6 +100,8 @@ impl Verb {
             Self::Check(args) => check::run(args, terminal),
             Self::Install(args) => install::run(args, terminal),
             Self::Uninstall(args) => uninstall::run(args, terminal),
+            Self::Mesh(args) => membership::mesh(&args, terminal),
+            Self::Unmesh(args) => membership::unmesh(&args, terminal),
             Self::Ps(args) => ps::run(args, terminal),
             Self::Config(args) => config::run(args, terminal),
             Self::Edges(args) => edges::run(args, terminal),

@@ -46,7 +46,7 @@ pub(super) struct Args {
     /// Take over fields that somebody else manages, such as what `kubectl edit` changed.
     #[arg(long, requires = "apply")]
     force: bool,
-    /// How long the control plane may take to become ready.
+    /// How long the control plane may take to become ready, and then to be reached.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration, requires = "apply")]
     timeout: Duration,
 }
@@ -120,14 +120,18 @@ async fn apply(args: &Args, objects: &[Value], terminal: &mut Terminal) -> Resul
     );
     rollout::finished(&cluster, &deployment, args.timeout).await?;
     terminal.progress("having the API server try a pod");
-    verify(&cluster, terminal).await
+    verify(&cluster, args.timeout, terminal).await
 }
 
-/// Has the API server try a pod, until it gets its sidecar or the moment is over in which a new configuration of a webhook
-/// reaches every API server.
-async fn verify(cluster: &Cluster, terminal: &mut Terminal) -> Result<Exit, Failure> {
+/// Has the API server try a pod until it gets its sidecar: ready replicas are not reached yet, for the API server and the
+/// nodes hear of them a moment later.
+async fn verify(
+    cluster: &Cluster,
+    patience: Duration,
+    terminal: &mut Terminal,
+) -> Result<Exit, Failure> {
     let tried = cluster
-        .until("a pod in a dry run", MOMENT, || async {
+        .until("a pod in a dry run", patience, || async {
             let outcome = admission::try_a_pod(cluster).await?;
             Ok(outcome.fault())
         })
@@ -145,8 +149,6 @@ async fn verify(cluster: &Cluster, terminal: &mut Terminal) -> Result<Exit, Fail
             .because(anyhow!("{:#}; `malha check` looks closer", failure.error))),
     }
 }
-
-const MOMENT: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 mod tests {

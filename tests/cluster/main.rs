@@ -19,6 +19,7 @@ mod generator;
 mod installed;
 mod journal;
 mod lease;
+mod lifecycle;
 mod manifests;
 mod mesh;
 mod node;

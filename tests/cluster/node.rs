@@ -1,5 +1,5 @@
-//! A real Kubernetes with a node, and Malha on it as users install it: images of this build, `kubectl apply -k
-//! manifests/base`. A kubelet starts what the injector wrote.
+//! A real Kubernetes with a node, and Malha on it as users install it: images of this build, `malha install --apply`. A
+//! kubelet starts what the injector wrote.
 //!
 //! ```ignore
 //! #[tokio::test(flavor = "multi_thread")]
@@ -28,7 +28,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
@@ -143,46 +143,22 @@ impl Node {
 
     /// What the README says.
     fn install(&self) -> Result<()> {
-        let base = repository().join("manifests/base");
-        succeed(self.kubectl_command().args(["apply", "-k"]).arg(base))?;
-        let malha = ["--namespace", "malha-system", "deployment/malha"];
+        let mut install = Command::new(env!("CARGO_BIN_EXE_malha"));
+        install.args(["install", "--apply", "--kubeconfig"]);
+        install.arg(self.kubeconfig());
         if self._alive.is_none() {
-            // Another build may be running there under the same name.
-            succeed(
-                self.kubectl_command()
-                    .args(["rollout", "restart"])
-                    .args(malha),
-            )?;
+            // Another build may be running there under the same name, applied by somebody else.
+            succeed(install.arg("--force"))?;
+            let restart = [
+                "rollout",
+                "restart",
+                "--namespace=malha-system",
+                "deployment/malha",
+            ];
+            succeed(self.kubectl_command().args(restart))?;
         }
-        let timeout = format!("--timeout={}s", PATIENCE.as_secs());
-        succeed(
-            self.kubectl_command()
-                .args(["rollout", "status", &timeout])
-                .args(malha),
-        )?;
-        self.wait_for_the_webhook()
-    }
-
-    /// Replicas that are ready are not reached yet: kube-proxy hears of them a moment later.
-    fn wait_for_the_webhook(&self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let tried = succeed(self.kubectl_command().args([
-                "run",
-                "first",
-                "--namespace=default",
-                "--image=none",
-                "--labels=sidecar.istio.io/inject=true",
-                "--dry-run=server",
-            ]));
-            match tried {
-                Ok(_) => return Ok(()),
-                Err(error) if Instant::now() > deadline => {
-                    return Err(error.context("the API server does not reach the webhook"));
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(300)),
-            }
-        }
+        succeed(&mut install)?;
+        Ok(())
     }
 
     /// Brings OCI archives into the node.

@@ -261,6 +261,11 @@ impl Cluster {
         &self.dir.0
     }
 
+    /// Where one of the programs is that are built for the tests.
+    pub(crate) fn program(&self, name: &str) -> &Path {
+        self.programs.path(name)
+    }
+
     /// Who ends with the cluster: for processes that a test starts beside it.
     pub(crate) fn janitor(&self) -> &Janitor {
         &self.janitor
