@@ -149,6 +149,11 @@ impl ApiError {
             Self::Refused(_) | Self::Silent(_) => None,
         }
     }
+
+    /// What happened since the version that was named is not remembered any more.
+    fn is_expired(&self) -> bool {
+        self.code() == Some(410)
+    }
 }
 
 /// One question to the API server, with a bound on the wait: the client itself has none.

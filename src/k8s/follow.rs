@@ -30,7 +30,7 @@ pub(super) struct Follow<K> {
 enum State<K> {
     /// Read it.
     Read,
-    /// It was read at this version (empty: it was not there); watch from here.
+    /// It was read at this version (empty: it was not there, or the version is forgotten); watch from here.
     Seen(String),
     Watching {
         stream: BoxStream<'static, kube::Result<WatchEvent<K>>>,
@@ -73,6 +73,7 @@ where
                     self.recovered();
                     return content;
                 }
+                Err(error) if error.is_expired() => self.forgotten(),
                 Err(error) => self.failed(&error),
             }
         }
@@ -125,6 +126,14 @@ where
                 Ok(None)
             }
         }
+    }
+
+    /// An API server that has just started remembers nothing from before: the version of an object that has not changed
+    /// since is too old to watch from, and reading it again gives the same one. A watch without a version begins with the
+    /// object as it is.
+    fn forgotten(&mut self) {
+        self.state = State::Seen(String::new());
+        self.not_before = Instant::now() + self.pauses.after_failure(dice());
     }
 
     /// One line for an outage, however long it lasts.
