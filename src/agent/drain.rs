@@ -21,18 +21,22 @@ pub struct Busy {
     pub ports: BTreeSet<u16>,
     /// Envoy's gauges that count open connections and requests of the application's.
     pub open: Vec<(String, u64)>,
+    /// Requests that Envoy got since its start. Whoever sends more has not heard yet that the pod goes, and is told by
+    /// an answer; a closed connection could mean anything.
+    pub requests: u64,
 }
 
 /// Often enough that an end is not noticeably late, and seldom enough to cost nothing.
 const GLANCE: Duration = Duration::from_millis(250);
-/// Looks in a row that must find nothing: the first may fall between two calls.
+/// Looks in a row that must find nothing, and nothing new: the first may fall between two calls.
 const QUIET: u32 = 2;
 /// Inbound listeners tell clients to go elsewhere, and go on answering; the agent ends Envoy itself.
 const DRAIN: &str = "/drain_listeners?inboundonly&graceful&skip_exit";
 /// Every answer from now on asks its client to close.
 const FAIL: &str = "/healthcheck/fail";
-/// What [`open`] reads.
-const GAUGES: &str = "/stats?filter=downstream_(cx%7Crq)_active$%7Cupstream_cx_active$";
+/// What [`open`] and [`requests`] read.
+const STATS: &str =
+    "/stats?filter=downstream_(cx%7Crq)_active$%7Cupstream_cx_active$%7Cdownstream_rq_total$";
 
 /// Asks everybody to end, and waits until they have or `termination_drain` is over.
 pub async fn drain(pod: &Pod) {
@@ -45,10 +49,11 @@ pub async fn drain(pod: &Pod) {
             );
         }
     }
-    let mut quiet = 0;
+    let (mut quiet, mut before) = (0, 0);
     while quiet < QUIET {
         let busy = look(pod).await;
-        if busy.is_quiet() {
+        let came = busy.requests != std::mem::replace(&mut before, busy.requests);
+        if busy.is_quiet() && !came {
             quiet += 1;
         } else {
             quiet = 0;
@@ -70,10 +75,12 @@ async fn look(pod: &Pod) -> Busy {
         .filter_map(|path| fs::read_to_string(path).ok())
         .collect::<String>();
     // An Envoy that does not answer has nothing open.
-    let gauges = pod.admin.read(GAUGES).await.unwrap_or_default();
+    let stats = pod.admin.read(STATS).await.unwrap_or_default();
+    let stats = String::from_utf8_lossy(&stats);
     Busy {
         ports: listening(&sockets, &pod.settings, uid),
-        open: open(&String::from_utf8_lossy(&gauges)),
+        open: open(&stats),
+        requests: requests(&stats),
     }
 }
 
@@ -105,23 +112,39 @@ fn listener(line: &str) -> Option<(u16, u32)> {
 ///
 /// Connections from others are not counted: with nothing behind them they would only wait for their own end.
 pub fn open(stats: &str) -> Vec<(String, u64)> {
-    let gauges = stats.lines().filter_map(|line| {
-        let (name, value) = line.rsplit_once(": ")?;
-        Some((name, value.parse::<u64>().ok()?))
-    });
-    gauges
+    numbers(stats)
         .filter(|(name, value)| *value > 0 && is_the_applications(name))
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
+}
+
+/// How many requests came to the application or from it, whatever became of them.
+pub fn requests(stats: &str) -> u64 {
+    let counters = numbers(stats).filter(|(name, _)| {
+        name.strip_prefix("http.")
+            .is_some_and(|rest| rest.ends_with(".downstream_rq_total") && !is_ours(rest))
+    });
+    counters.map(|(_, value)| value).sum()
+}
+
+fn numbers(stats: &str) -> impl Iterator<Item = (&str, u64)> {
+    stats.lines().filter_map(|line| {
+        let (name, value) = line.rsplit_once(": ")?;
+        Some((name, value.parse().ok()?))
+    })
+}
+
+/// Of the admin interface and of whoever scrapes metrics.
+fn is_ours(name: &str) -> bool {
+    name.starts_with("admin.") || name.starts_with("metrics.")
 }
 
 fn is_the_applications(gauge: &str) -> bool {
     let Some((whose, name)) = gauge.split_once('.') else {
         return false;
     };
-    let is_ours = || name.starts_with("admin.") || name.starts_with("metrics.");
     match whose {
-        "http" => gauge.ends_with(".downstream_rq_active") && !is_ours(),
+        "http" => gauge.ends_with(".downstream_rq_active") && !is_ours(name),
         "cluster" => {
             gauge.ends_with(".upstream_cx_active")
                 && (name.starts_with("inbound|") || name.starts_with("InboundPassthroughCluster"))
@@ -132,7 +155,7 @@ fn is_the_applications(gauge: &str) -> bool {
                     || part == "virtualInbound"
                     || part == "inbound"
             });
-            gauge.ends_with(".downstream_cx_active") && !is_ours() && !is_inbound
+            gauge.ends_with(".downstream_cx_active") && !is_ours(name) && !is_inbound
         }
         _ => false,
     }
@@ -200,6 +223,10 @@ http.admin.downstream_rq_active: 1
 http.metrics.downstream_rq_active: 1
 http.inbound_0.0.0.0_8080.downstream_rq_active: 2
 http.inbound_0.0.0.0_8080.downstream_cx_active: 3
+http.inbound_0.0.0.0_8080.downstream_rq_total: 9
+http.outbound_0.0.0.0_80.downstream_rq_total: 3
+http.admin.downstream_rq_total: 70
+http.metrics.downstream_rq_total: 4
 listener.admin.downstream_cx_active: 1
 listener.admin.main_thread.downstream_cx_active: 1
 listener.metrics.downstream_cx_active: 1
@@ -209,6 +236,7 @@ listener.[__]_15006.downstream_cx_active: 3
 listener.0.0.0.0_15001.downstream_cx_active: 4
 listener.0.0.0.0_80.downstream_cx_active: 0
 ";
+        assert_eq!(requests(stats), 12);
         let names: Vec<_> = open(stats).into_iter().map(|(name, _)| name).collect();
         assert_eq!(
             names,

@@ -2,10 +2,15 @@
 
 use envoy_types::pb::envoy::{
     config::{
+        accesslog::v3::{
+            AccessLogFilter, AndFilter, HeaderFilter, ResponseFlagFilter,
+            access_log_filter::FilterSpecifier,
+        },
         common::mutation_rules::v3::{HeaderMutation, header_mutation},
         core::v3::{
-            DataSource, Http1ProtocolOptions, HttpProtocolOptions, SubstitutionFormatString,
-            data_source, substitution_format_string::Format,
+            DataSource, HeaderValue, HeaderValueOption, Http1ProtocolOptions, HttpProtocolOptions,
+            SubstitutionFormatString, data_source, header_value_option::HeaderAppendAction,
+            substitution_format_string::Format,
         },
         listener::v3::{Filter, filter},
         route::v3::RouteConfiguration,
@@ -19,7 +24,7 @@ use envoy_types::pb::envoy::{
             http::router::v3::Router,
             network::{
                 http_connection_manager::v3::{
-                    HttpConnectionManager, HttpFilter, Rds,
+                    HttpConnectionManager, HttpFilter, LocalReplyConfig, Rds, ResponseMapper,
                     http_connection_manager::{
                         ForwardClientCertDetails, RouteSpecifier, ServerHeaderTransformation,
                         SetCurrentClientCertDetails, UpgradeConfig,
@@ -39,6 +44,7 @@ use envoy_types::pb::envoy::{
 };
 
 use super::{
+    route::{self, TRY_ANOTHER},
     telemetry::{Reporter, request_metrics},
     wire::{any, boolean, extension, from_ads, seconds},
 };
@@ -77,6 +83,7 @@ pub(super) fn inbound(
             max_connection_duration_jitter: Some(Percent { value: 50.0 }),
             ..HttpProtocolOptions::default()
         });
+        manager.local_reply_config = Some(tells_what_to_try_elsewhere());
     }
     manager.early_header_mutation_extensions = vec![extension(
         "envoy.http.early_header_mutation.header_mutation",
@@ -85,6 +92,56 @@ pub(super) fn inbound(
         },
     )];
     filter("envoy.filters.network.http_connection_manager", &manager)
+}
+
+/// What the proxy answers for an application that cannot have acted bears [`TRY_ANOTHER`]: no connection to it came about,
+/// or it ended while it was asked something that only asks. The header's value is the SNI: empty, and so no header, from
+/// callers whose proxy does not know that it carries HTTP and could not take it out again.
+fn tells_what_to_try_elsewhere() -> LocalReplyConfig {
+    let refused = flagged(&["UF"]);
+    let ended = all_of([
+        flagged(&["UC", "UR"]),
+        FilterSpecifier::HeaderFilter(HeaderFilter {
+            header: Some(route::only_asks()),
+        }),
+    ]);
+    let mark = HeaderValueOption {
+        header: Some(HeaderValue {
+            key: TRY_ANOTHER.to_owned(),
+            value: "%REQUESTED_SERVER_NAME%".to_owned(),
+            ..HeaderValue::default()
+        }),
+        append_action: HeaderAppendAction::OverwriteIfExistsOrAdd.into(),
+        ..HeaderValueOption::default()
+    };
+    LocalReplyConfig {
+        mappers: [refused, ended]
+            .map(|filter| ResponseMapper {
+                filter: Some(filtered(filter)),
+                headers_to_add: vec![mark.clone()],
+                ..ResponseMapper::default()
+            })
+            .into(),
+        ..LocalReplyConfig::default()
+    }
+}
+
+/// Answers that Envoy gave itself for one of these reasons.
+fn flagged(flags: &[&str]) -> FilterSpecifier {
+    let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+    FilterSpecifier::ResponseFlagFilter(ResponseFlagFilter { flags })
+}
+
+fn all_of(filters: [FilterSpecifier; 2]) -> FilterSpecifier {
+    FilterSpecifier::AndFilter(AndFilter {
+        filters: filters.map(filtered).into(),
+    })
+}
+
+fn filtered(by: FilterSpecifier) -> AccessLogFilter {
+    AccessLogFilter {
+        filter_specifier: Some(by),
+    }
 }
 
 /// Bytes as they are.

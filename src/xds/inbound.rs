@@ -218,7 +218,7 @@ impl Of<'_> {
 
     fn requests(&self, kind: &str, matching: FilterChainMatch, mtls: bool) -> FilterChain {
         let cluster = self.cluster();
-        let routes = route::everything_to(&cluster, &cluster, true);
+        let routes = route::to_application(&cluster, &cluster);
         let service = self.port.and_then(|port| port.service.as_ref());
         let reporter = Reporter::Destination {
             service: service.map_or("-", |service| &*service.host),

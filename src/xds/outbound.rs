@@ -122,7 +122,7 @@ fn sniffed(name: &str, seen: &[&str], alpn: &str, listener: &str, cluster: &str)
         application_protocols: protocols(seen),
         ..FilterChainMatch::default()
     };
-    let routes = Routes::Inline(route::everything_to(listener, cluster, false).into());
+    let routes = Routes::Inline(route::everything_to(listener, cluster).into());
     let filters = vec![
         http::remember(&[(key, "", alpn)]),
         http::outbound(&format!("outbound_{listener}"), routes),

@@ -27,19 +27,20 @@ spec:
     - {name: grpc, port: 81, targetPort: 8080}
     - {name: any, port: 82, targetPort: 8082}
     - {name: tcp-greeting, port: 83, targetPort: 8083}
+    - {name: http-nobody, port: 84, targetPort: 8084}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
 addressType: IPv4
-ports: [{name: http, port: 8080}, {name: grpc, port: 8080}, {name: any, port: 8082}, {name: tcp-greeting, port: 8083}]
+ports: [{name: http, port: 8080}, {name: grpc, port: 8080}, {name: any, port: 8082}, {name: tcp-greeting, port: 8083}, {name: http-nobody, port: 8084}]
 endpoints: [{addresses: [10.244.77.2], targetRef: {kind: Pod, name: web-a, namespace: shop}}]
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {name: web-6, namespace: shop, labels: {kubernetes.io/service-name: web}}
 addressType: IPv6
-ports: [{name: http, port: 8080}, {name: grpc, port: 8080}, {name: any, port: 8082}, {name: tcp-greeting, port: 8083}]
+ports: [{name: http, port: 8080}, {name: grpc, port: 8080}, {name: any, port: 8082}, {name: tcp-greeting, port: 8083}, {name: http-nobody, port: 8084}]
 endpoints: [{addresses: ['fd00:244:77::2'], targetRef: {kind: Pod, name: web-a, namespace: shop}}]
 ---
 apiVersion: v1
@@ -80,6 +81,7 @@ fn real_envoys_talk_as_each_mode_says() {
     );
 
     mesh.metrics_name_both_sides();
+    mesh.what_no_application_acted_on_is_tried_again_and_nobody_is_told_how();
 
     mesh.set_mode("STRICT");
     mesh.until("STRICT refuses plaintext", || mesh.outside(8080).is_err());
@@ -200,6 +202,28 @@ impl Mesh {
             Ok(()),
             "{when}: a port without a Service"
         );
+    }
+
+    /// A port that nobody listens on: the server's proxy says so, and only to the proxy of a caller that can use it.
+    fn what_no_application_acted_on_is_tried_again_and_nobody_is_told_how(&self) {
+        let post = ["-i", "-X", "POST", "-d", "x"];
+        let tries = || {
+            let clusters = self.pods[0].admin("/stats?filter=outbound.84.*upstream_rq_retry$");
+            let count = clusters.lines().find_map(|line| line.rsplit_once(": "));
+            count.map_or(0, |(_, count)| count.trim().parse().expect("a number"))
+        };
+        let before: u64 = tries();
+        for (from, ip, port) in [
+            ("client-a.jobs", SERVICE, 84),
+            ("client-a.jobs", POD, 8084),
+            ("outside", POD, 8084),
+        ] {
+            let answer = self.net.get(from, ip, port, "web.shop", &post);
+            let answer = answer.expect_err("nobody listens");
+            assert!(answer.starts_with("503"), "{from} {ip}: {answer}");
+            assert!(!answer.contains("x-malha"), "{from} {ip}: {answer}");
+        }
+        assert_eq!(tries() - before, 2, "tried again by the caller's proxy");
     }
 
     /// What the agent renames and `malha edges` reads.

@@ -7,7 +7,11 @@ use envoy_types::pb::{
             core::v3::{TransportSocket, transport_socket},
             endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
             listener::v3::{FilterChain, FilterChainMatch, Listener, filter, listener_filter},
-            route::v3::{RouteConfiguration, route::Action, route_action::ClusterSpecifier},
+            route::v3::{
+                RetryPolicy, Route, RouteConfiguration, VirtualHost,
+                header_matcher::HeaderMatchSpecifier, route::Action,
+                route_action::ClusterSpecifier,
+            },
         },
         extensions::{
             filters::network::{
@@ -192,7 +196,11 @@ fn network_filter(config: &Any) -> String {
                 RouteSpecifier::Rds(rds) => format!("http routes {}", rds.route_config_name),
                 RouteSpecifier::RouteConfig(routes) => {
                     let to = routes.virtual_hosts.iter().map(goes_to).collect::<Vec<_>>();
-                    format!("http {} {client}", to.join(", "))
+                    let says = match manager.local_reply_config {
+                        Some(_) => ", says what to try elsewhere",
+                        None => "",
+                    };
+                    format!("http {} {client}{says}", to.join(", "))
                 }
                 RouteSpecifier::ScopedRoutes(_) => "?".to_owned(),
             }
@@ -208,19 +216,36 @@ fn routes(routes: &RouteConfiguration) -> Value {
         .collect()
 }
 
-fn goes_to(host: &envoy_types::pb::envoy::config::route::v3::VirtualHost) -> String {
-    let cluster = |route: &envoy_types::pb::envoy::config::route::v3::Route| match &route.action {
-        Some(Action::Route(action)) => match &action.cluster_specifier {
-            Some(ClusterSpecifier::Cluster(cluster)) => cluster.clone(),
-            _ => "?".to_owned(),
-        },
-        _ => "?".to_owned(),
+fn goes_to(host: &VirtualHost) -> String {
+    let again = |policy: &RetryPolicy| format!(" (again on {})", policy.retry_on.replace(',', " "));
+    let route = |route: &Route| {
+        let Some(Action::Route(action)) = &route.action else {
+            return "?".to_owned();
+        };
+        let Some(ClusterSpecifier::Cluster(cluster)) = &action.cluster_specifier else {
+            return "?".to_owned();
+        };
+        let headers = &route.r#match.as_ref().expect("a match").headers;
+        let only = headers.iter().map(|header| {
+            let Some(HeaderMatchSpecifier::StringMatch(text)) = &header.header_match_specifier
+            else {
+                return "?".to_owned();
+            };
+            match &text.match_pattern {
+                Some(MatchPattern::SafeRegex(regex)) => format!("{} to ", regex.regex),
+                _ => "?".to_owned(),
+            }
+        });
+        let again = action.retry_policy.as_ref().map(again);
+        format!(
+            "{}{cluster}{}",
+            only.collect::<String>(),
+            again.unwrap_or_default()
+        )
     };
-    host.routes
-        .iter()
-        .map(cluster)
-        .collect::<Vec<_>>()
-        .join(", ")
+    let routes: Vec<_> = host.routes.iter().map(route).collect();
+    let again = host.retry_policy.as_ref().map(again);
+    routes.join(", ") + &again.unwrap_or_default()
 }
 
 fn client(socket: Option<&TransportSocket>) -> Value {
