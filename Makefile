@@ -136,7 +136,7 @@ certs: needs-rust ## Make development certificates in certs/dev
 
 # -- check --
 
-.PHONY: test test-unit test-cluster test-node rig
+.PHONY: test test-unit test-cluster test-node soak rig
 test: test-unit test-cluster test-node ## Run every test, from nothing
 
 test-unit: needs-rust needs-clients needs-namespaces needs-envoy ## Run the tests that need no cluster
@@ -149,9 +149,14 @@ ON_NODE = installed:: mesh:: on_a_node
 test-cluster: needs-rust needs-clients rig ## Run the tests on a real API server without a node
 	$(CARGO) test --locked --test cluster $(ARGS) -- $(foreach it,$(ON_NODE),--skip $(it))
 
+# The second run's tests take away what others need: one after the other, on a node that they have for themselves.
+ALONE = alone:: lifecycle::on_a_node --ignored --test-threads=1
 test-node: needs-rust needs-clients rig ## Run the tests on a real node with pods (root)
 	$(CARGO) test --locked --test cluster -- $(or $(ARGS),$(ON_NODE))
-	$(if $(ARGS),,$(CARGO) test --locked --test cluster lifecycle::on_a_node -- --ignored)
+	$(if $(ARGS),,$(CARGO) test --locked --test cluster -- $(ALONE))
+
+soak: needs-rust needs-clients rig ## Renew every leaf every ten seconds for ten minutes under load, and take parts away (root)
+	MALHA_SOAK_SECONDS=600 $(CARGO) test --locked --test cluster -- $(ALONE) --nocapture
 
 # A node needs root, so whoever is not root gets the programs of a cluster without nodes.
 ifeq ($(shell id -u),0)
@@ -205,8 +210,8 @@ fuzz: needs-rust needs-clients ## Search for input that breaks what reads it; SE
 bench: needs-rust ## Measure; one line a figure: bench <name> <value> <unit>
 	$(CARGO) bench --locked --bench figures -- $(ARGS)
 
-bench-mesh: rig image ## Measure what two sidecars add to a call, on a node of its own (root; some minutes)
-	MALHA_IMAGES=$(TARGET)/images/release $(CARGO) test --locked --test cluster bench_mesh -- --ignored --nocapture
+bench-mesh: rig image ## Measure what two sidecars add to a call, and how soon a change is in effect (root; some minutes)
+	MALHA_IMAGES=$(TARGET)/images/release $(CARGO) test --locked --test cluster bench_ -- --ignored --nocapture --test-threads=1
 
 # With the kubectl of the test cluster, so that everybody's renders alike.
 KUBECTL = $$(tests/cluster/programs/build --where cluster | sed -n 's/^kubectl //p')

@@ -2,10 +2,12 @@
 #![cfg(feature = "controller")]
 
 mod admission;
+mod alone;
 mod authority;
 mod bench_mesh;
 mod ca_bundle;
 mod check;
+mod containers;
 #[path = "../support/delta.rs"]
 mod delta;
 #[path = "../support/dice.rs"]
@@ -20,6 +22,7 @@ mod installed;
 mod journal;
 mod lease;
 mod lifecycle;
+mod load;
 mod manifests;
 mod mesh;
 mod node;

@@ -2,6 +2,7 @@
 
 mod families;
 mod injected;
+mod life;
 mod modes;
 mod refusals;
 mod servers;
@@ -16,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use crate::node::{self, Namespace, Node};
 
 /// The user's own document, byte for byte: STRICT in its namespace.
-const STRICT: &str = include_str!("../golden/xds/explained-04/applied-in-jobs.yaml");
+pub(crate) const STRICT: &str = include_str!("../golden/xds/explained-04/applied-in-jobs.yaml");
 
 /// How long a change may take to reach the proxies of a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -150,7 +151,7 @@ async fn counter(mesh: &Namespace, (pod, container): (&str, &str), name: &str) -
         .sum()
 }
 
-async fn curl(
+pub(crate) async fn curl(
     from: &Namespace,
     pod: &str,
     container: &str,
@@ -162,7 +163,7 @@ async fn curl(
 }
 
 /// Asks again until the answer is as wanted: configuration reaches proxies soon, and not at once.
-async fn until<T: std::fmt::Debug>(
+pub(crate) async fn until<T: std::fmt::Debug>(
     what: &str,
     wanted: impl Fn(&T) -> bool,
     mut ask: impl AsyncFnMut() -> T,
