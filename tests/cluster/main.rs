@@ -8,6 +8,7 @@ mod bench_mesh;
 mod ca_bundle;
 mod check;
 mod containers;
+mod convergence;
 #[path = "../support/delta.rs"]
 mod delta;
 #[path = "../support/dice.rs"]
