@@ -1,6 +1,6 @@
 //! The certificate authority as values: what is asked, who asks, what is issued, and when its own keys change.
 //!
-//! CSR -> [`csr::Csr`]; token -> [`Caller`](crate::caller::Caller); both -> [`Authority::issue`] -> [`Issued`];
+//! CSR -> [`csr::Csr`]; with the caller's identity -> [`Authority::issue`] -> [`Issued`];
 //! journal + instant -> [`rotation`] -> next journal
 //!
 //! The identity of a certificate comes from the authenticated caller, its lifetime from our settings, its key from the
@@ -62,6 +62,8 @@ struct Kept {
     bounds: Validity,
     /// The newest instant in the journal.
     newest: Timestamp,
+    /// Serial numbers of leaves that must not be renewed with themselves.
+    denied: Vec<String>,
     shortest_life: Duration,
     longest_life: Duration,
     shortest_rest: Duration,
@@ -113,6 +115,7 @@ impl Authority {
                 above_leaf: above_leaf.iter().map(|c| c.der().to_owned()).collect(),
                 bounds,
                 newest: journal.newest(),
+                denied: journal.denied().iter().map(|d| d.serial.clone()).collect(),
                 shortest_life: leaf.min,
                 longest_life: journal.longest_leaf(),
                 shortest_rest: leaf.min.max(SHORTEST_REST),
@@ -141,6 +144,12 @@ impl Authority {
     /// The trust domain of everything that is issued here.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.kept.trust_domain
+    }
+
+    /// Whether a leaf must not be renewed with itself.
+    pub fn denies(&self, serial: &Serial) -> bool {
+        let serial = serial.to_string();
+        self.kept.denied.contains(&serial)
     }
 
     /// Subject key id of the root that signs intermediates.
@@ -392,6 +401,11 @@ impl Serial {
         serial[..4].copy_from_slice(&(WORKLOAD | hours).to_be_bytes());
         serial[4..].copy_from_slice(&dice);
         Self(serial)
+    }
+
+    /// One that was read from a certificate; `None` where it is not of this form.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
     }
 
     /// When the holder of a workload's leaf last showed a token, to the hour.

@@ -1,22 +1,27 @@
 //! Who is calling: service-account tokens checked offline against a key set, and the liveness of what they are bound to.
 //!
 //! token + [`KeySet`] + [`TokenPolicy`] -> [`verify`] -> [`TokenClaims`] + [`Liveness`] -> [`bind`] -> [`Caller`];
-//! where that cannot be decided offline, the API server's answer -> [`review()`] -> [`Caller`]
+//! where that cannot be decided offline, the API server's answer -> [`review()`] -> [`Caller`];
+//! a client certificate of ours -> [`Shown`] + [`Liveness`] -> [`alive`] -> [`Caller`]; for others: [`impersonate`]
 
+mod impersonation;
 mod keys;
 mod liveness;
+mod renewal;
 mod review;
 #[cfg(test)]
 mod tests;
 mod token;
 
-use std::future::Future;
+use std::{future::Future, net::IpAddr};
 
 use jiff::Timestamp;
 
 pub use self::{
+    impersonation::{NodeProxies, NotImpersonated, impersonate},
     keys::{KeySet, KeySetError},
     liveness::{DELETION_GRACE, Gone, Liveness, PodFact, bind},
+    renewal::{RENEW_WITHOUT_TOKEN, Shown, alive},
     review::review,
     token::{LEEWAY, MAX_TOKEN, TokenClaims, TokenPolicy, verify},
 };
@@ -37,6 +42,10 @@ pub struct Caller {
     pub token_id: Option<String>,
     /// Whether the facts behind this were old because the API server could not be asked; for the audit record.
     pub stale: bool,
+    /// When it last showed a token; `None` is just now.
+    pub proved: Option<Timestamp>,
+    /// The node's proxy that asks in its name; for the audit record.
+    pub node_proxy: Option<SpiffeId>,
 }
 
 /// Name and UID of what a token is bound to.
@@ -55,6 +64,8 @@ pub enum Method {
     Jwks,
     /// By the API server's TokenReview.
     TokenReview,
+    /// By a client certificate of ours.
+    Certificate,
 }
 
 impl Method {
@@ -63,6 +74,7 @@ impl Method {
         match self {
             Self::Jwks => "jwks",
             Self::TokenReview => "tokenreview",
+            Self::Certificate => "certificate",
         }
     }
 }
@@ -76,6 +88,29 @@ pub trait Authenticate: Send + Sync + 'static {
         token: &str,
         now: Timestamp,
     ) -> impl Future<Output = Result<Caller, Denial>> + Send;
+
+    /// The caller that a client certificate belongs to, where it may renew it so from `address`.
+    fn renew(
+        &self,
+        shown: Shown,
+        address: Option<IpAddr>,
+        now: Timestamp,
+    ) -> Result<Caller, CallerError>;
+
+    /// Whether a caller is a node's proxy, which asks as often as all pods of its node.
+    fn is_node_proxy(&self, _caller: &Caller) -> bool {
+        false
+    }
+
+    /// Whom a caller may get a certificate for besides itself: nobody, unless somebody says so.
+    fn impersonate(
+        &self,
+        _caller: &Caller,
+        _target: &str,
+        _now: Timestamp,
+    ) -> Result<SpiffeId, NotImpersonated> {
+        Err(NotImpersonated::NotAllowed)
+    }
 }
 
 /// A refusal together with who refused, so that failing reviews and failing offline checks are counted apart.
@@ -92,6 +127,14 @@ impl Denial {
     pub fn by_review(error: CallerError) -> Self {
         Self {
             method: Method::TokenReview,
+            error,
+        }
+    }
+
+    /// Why a client certificate is not renewed.
+    pub fn of_certificate(error: CallerError) -> Self {
+        Self {
+            method: Method::Certificate,
             error,
         }
     }
@@ -162,6 +205,23 @@ pub enum CallerError {
     /// What it is bound to is no more.
     #[error("{0}")]
     CallerGone(Gone),
+    /// A client certificate of the mesh's roots, but not a workload's of this mesh.
+    #[error("the client certificate is not acceptable: {0}")]
+    CertificateInvalid(String),
+    /// Its serial number is on the list of those that are not renewed.
+    #[error("the certificate {0} is denied; show a token")]
+    Denied(String),
+    /// Renewed without a token for too long, or never got by one.
+    #[error(
+        "a certificate is renewed for 7 days without a token; {}; the clock here says {now}; show a token",
+        .proved.map_or("this one was never got by one".to_owned(), |proved| format!("this one's holder last showed one at {proved}"))
+    )]
+    RenewalNeedsToken {
+        /// When it last showed one, to the hour.
+        proved: Option<Timestamp>,
+        /// Our clock.
+        now: Timestamp,
+    },
     /// It could not be checked at all.
     #[error("tokens cannot be checked now: {0}")]
     VerifierUnavailable(String),
@@ -189,6 +249,9 @@ impl CallerError {
             Self::NotBound => "NotBound",
             Self::IdentityConflict(_) => "IdentityConflict",
             Self::CallerGone(_) => "CallerGone",
+            Self::CertificateInvalid(_) => "CertificateInvalid",
+            Self::Denied(_) => "Denied",
+            Self::RenewalNeedsToken { .. } => "RenewalNeedsToken",
             Self::VerifierUnavailable(_) => "VerifierUnavailable",
         }
     }
@@ -207,7 +270,10 @@ impl CallerError {
             | Self::TokenNotYetValid { .. }
             | Self::NotBound
             | Self::IdentityConflict(_)
-            | Self::CallerGone(_) => Class::Unauthenticated,
+            | Self::CallerGone(_)
+            | Self::CertificateInvalid(_)
+            | Self::Denied(_)
+            | Self::RenewalNeedsToken { .. } => Class::Unauthenticated,
         }
     }
 
@@ -226,7 +292,10 @@ impl CallerError {
             | Self::TokenNotYetValid { .. }
             | Self::NotBound
             | Self::IdentityConflict(_)
-            | Self::CallerGone(_) => self.to_string(),
+            | Self::CallerGone(_)
+            | Self::CertificateInvalid(_)
+            | Self::Denied(_)
+            | Self::RenewalNeedsToken { .. } => self.to_string(),
         }
     }
 }

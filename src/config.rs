@@ -16,6 +16,7 @@ use crate::{
         LeafPolicy,
         rotation::{PolicyError, RotationPolicy},
     },
+    caller::NodeProxies,
     identity::TrustDomain,
 };
 
@@ -48,6 +49,8 @@ pub struct Settings {
     pub validation: Validation,
     /// Whether a token must be bound to a living pod.
     pub require_bound_pod: bool,
+    /// Who may ask for the certificates of the pods on its node.
+    pub node_proxies: NodeProxies,
     /// How long certificates live.
     pub rotation: RotationPolicy,
     /// How long new connections are still taken after the first signal to stop.
@@ -159,6 +162,12 @@ pub const KEYS: &[Key] = &[
         "BOOL",
         "true",
         "Refuse tokens that are bound to no pod",
+    ),
+    key(
+        "node-proxies",
+        "LIST",
+        "",
+        "Service accounts (NAMESPACE/NAME) that may ask for the pods on their node, such as istio-system/ztunnel",
     ),
     key(
         "leaf-life",
@@ -390,6 +399,10 @@ impl Settings {
             audiences: layers.parsed_with("audiences", "names separated by commas", parse_list)?,
             validation: layers.parsed("validation", "auto, jwks or tokenreview")?,
             require_bound_pod: layers.parsed("require-bound-pod", "true or false")?,
+            node_proxies: layers.parsed(
+                "node-proxies",
+                "NAMESPACE/SERVICEACCOUNT separated by commas, or nothing",
+            )?,
             rotation: RotationPolicy {
                 root_life: duration("root-life")?,
                 intermediate_life: duration("intermediate-life")?,

@@ -20,11 +20,11 @@ pub mod clock;
 pub mod identity;
 pub mod redirect;
 #[cfg(feature = "controller")]
-pub mod caller;
-#[cfg(feature = "controller")]
 pub mod inject;
 #[cfg(any(feature = "controller", feature = "agent"))]
 pub mod ca;
+#[cfg(feature = "controller")]
+pub mod caller;
 #[cfg(feature = "controller")]
 pub mod mesh;
 #[cfg(feature = "controller")]

@@ -1,9 +1,11 @@
 //! Signs certificates for callers that prove who they are.
 //!
-//! token -> [`Authenticate`] -> caller -> rate limits -> CSR -> [`Authority::issue`] -> chain, bundle, audit record
+//! token or client certificate -> [`Authenticate`] -> caller -> rate limits -> CSR -> [`Authority::issue`] -> chain,
+//! bundle, audit record
 //!
-//! [`Signing`] is the service and knows no protocol; [`router`] speaks two for it, JSON over HTTP and gRPC. A request comes in two steps, [`Signing::admit`] for the credential and [`Admitted::certify`]
-//! for the CSR, so that nothing of a body is read before its sender is known.
+//! [`Signing`] is the service and knows no protocol; [`router`] speaks two for it, JSON over HTTP and gRPC. A request comes
+//! in two steps, [`Signing::admit`] for the credential and [`Admitted::certify`] for the CSR, so that nothing of a body is
+//! read before its sender is known.
 
 mod answers;
 mod audit;
@@ -42,7 +44,7 @@ use crate::{
         csr::{Csr, KeyPolicy},
         profile::Profile,
     },
-    caller::{Authenticate, Caller, CallerError, Class, Denial},
+    caller::{Authenticate, Caller, CallerError, Class, Denial, Shown},
     clock::Clock,
 };
 
@@ -59,6 +61,8 @@ pub struct Limits {
     pub body: usize,
     /// For each pod.
     pub per_pod: Rate,
+    /// For each node's proxy, which asks for all pods of its node.
+    pub per_node: Rate,
     /// For each service account; its replicas share it.
     pub per_account: Rate,
     /// Pods, and service accounts, whose rates are remembered at once.
@@ -76,6 +80,10 @@ impl Default for Limits {
             per_pod: Rate {
                 per_second: 1,
                 burst: 10,
+            },
+            per_node: Rate {
+                per_second: 10,
+                burst: 250,
             },
             per_account: Rate {
                 per_second: 200,
@@ -116,6 +124,27 @@ async fn unknown(request: Request) -> Response {
     match grpc::is_call(request.headers()) {
         true => grpc::unimplemented(request.uri().path()),
         false => http::not_found(request).await,
+    }
+}
+
+/// What a caller shows.
+#[derive(Clone, Debug)]
+pub struct Credential<'a> {
+    /// The bearer token, or why there is none.
+    pub token: Result<&'a str, CallerError>,
+    /// A leaf, DER, whose chain was verified at the handshake against what was trusted then.
+    pub certificate: Option<&'a [u8]>,
+    /// Where it is.
+    pub peer: Option<SocketAddr>,
+}
+
+impl Credential<'_> {
+    /// Of the token, or else of the certificate.
+    fn hash(&self) -> [u8; 32] {
+        match (&self.token, self.certificate) {
+            (Ok(token), _) => sha256(token),
+            (Err(_), leaf) => sha256(leaf.unwrap_or_default()),
+        }
     }
 }
 
@@ -207,13 +236,10 @@ impl<A: Authenticate> Signing<A> {
     ///
     /// # Errors
     /// Every refusal was counted and audited when it is returned.
-    pub async fn admit(
-        &self,
-        token: Result<&str, CallerError>,
-        peer: Option<SocketAddr>,
-    ) -> Result<Admitted<'_, A>, Refusal> {
+    pub async fn admit(&self, credential: Credential<'_>) -> Result<Admitted<'_, A>, Refusal> {
         let since = Instant::now();
         let now = self.clock.now();
+        let peer = credential.peer;
         let refuse = |refusal| self.refuse(refusal, now, peer, None, None);
         if let Err(fault) = self.gate.check() {
             return Err(refuse(Refusal::Closed(fault)));
@@ -225,37 +251,65 @@ impl<A: Authenticate> Signing<A> {
             _permit: permit,
             _counted: self.metrics.enter(),
         };
-        let token = token.map_err(|e| refuse(Refusal::Caller(e)))?;
-        let caller = match self.identify(token, now).await {
-            Ok(caller) => {
-                self.metrics.token(caller.method, "ok");
-                caller
-            }
-            Err(denial) => {
-                let result = match denial.error.class() {
-                    Class::Unauthenticated => "denied",
-                    Class::Unavailable => "error",
-                };
-                self.metrics.token(denial.method, result);
-                return Err(refuse(Refusal::Caller(denial.error)));
-            }
-        };
+        let identified = self.identify(&credential, now).await;
+        let caller = identified.map_err(|error| refuse(Refusal::Caller(error)))?;
         let admitted = Admitted {
             signing: self,
             caller,
-            token: sha256(token),
+            credential: credential.hash(),
             entry,
             since,
             peer,
         };
-        match self.rates.take(&admitted.caller, since) {
+        let for_others = self.authenticate.is_node_proxy(&admitted.caller);
+        match self.rates.take(&admitted.caller, for_others, since) {
             Ok(()) => Ok(admitted),
             Err(limited) => Err(admitted.refuse(limited)),
         }
     }
 
+    /// By the certificate where it can be used. A token beside it must be of the same holder.
+    async fn identify(
+        &self,
+        credential: &Credential<'_>,
+        now: Timestamp,
+    ) -> Result<Caller, CallerError> {
+        let shown = credential.certificate;
+        let shown = shown.map(|leaf| self.by_certificate(leaf, credential.peer, now));
+        let identified = match (shown, &credential.token) {
+            (Some(shown), Err(CallerError::NoCredential)) => shown,
+            (_, Err(error)) => return Err(error.clone()),
+            (None | Some(Err(_)), Ok(token)) => self.by_token(token, now).await,
+            (Some(Ok(shown)), Ok(token)) => both(shown, self.by_token(token, now).await),
+        };
+        let (method, result) = match &identified {
+            Ok(caller) => (caller.method, "ok"),
+            Err(Denial { method, error }) => match error.class() {
+                Class::Unauthenticated => (*method, "denied"),
+                Class::Unavailable => (*method, "error"),
+            },
+        };
+        self.metrics.token(method, result);
+        identified.map_err(|denial| denial.error)
+    }
+
+    /// Whoever shows a leaf of ours may renew it, within bounds.
+    fn by_certificate(
+        &self,
+        leaf: &[u8],
+        peer: Option<SocketAddr>,
+        now: Timestamp,
+    ) -> Result<Caller, Denial> {
+        let authority = (self.authority)();
+        let denied = |serial: &Serial| authority.denies(serial);
+        let shown = Shown::read(leaf, authority.trust_domain(), denied, now);
+        let address = peer.map(|peer| peer.ip());
+        let renewed = shown.and_then(|shown| self.authenticate.renew(shown, address, now));
+        renewed.map_err(Denial::of_certificate)
+    }
+
     /// Whoever is asked about a token may hang; a place in the queue is not for ever.
-    async fn identify(&self, token: &str, now: Timestamp) -> Result<Caller, Denial> {
+    async fn by_token(&self, token: &str, now: Timestamp) -> Result<Caller, Denial> {
         let identified = self.authenticate.authenticate(token, now);
         match timeout(self.limits.patience, identified).await {
             Ok(identified) => identified,
@@ -284,7 +338,8 @@ impl<A: Authenticate> Signing<A> {
 pub struct Admitted<'a, A> {
     signing: &'a Signing<A>,
     caller: Caller,
-    token: [u8; 32],
+    /// Hash of what it showed.
+    credential: [u8; 32],
     #[expect(dead_code, reason = "a place in the queue, given back by its drop")]
     entry: Entry<'a>,
     since: Instant,
@@ -318,11 +373,40 @@ impl<A: Authenticate> Admitted<'_, A> {
         encoded: Encoded<'_>,
         asked: Option<Duration>,
     ) -> Result<Granted, Refusal> {
+        self.certify_as(&self.caller, encoded, asked)
+    }
+
+    /// The same in the name of a pod that the caller, its node's proxy, may ask for.
+    ///
+    /// # Errors
+    /// As above, and [`Refusal::Impersonation`].
+    pub fn certify_for(
+        &self,
+        target: &str,
+        encoded: Encoded<'_>,
+        asked: Option<Duration>,
+    ) -> Result<Granted, Refusal> {
+        let now = self.signing.clock.now();
+        let authenticate = &self.signing.authenticate;
+        let target = authenticate.impersonate(&self.caller, target, now);
+        let caller = Caller {
+            identity: target.map_err(|refused| self.refuse(refused.into()))?,
+            node_proxy: Some(self.caller.identity.clone()),
+            ..self.caller.clone()
+        };
+        self.certify_as(&caller, encoded, asked)
+    }
+
+    fn certify_as(
+        &self,
+        caller: &Caller,
+        encoded: Encoded<'_>,
+        asked: Option<Duration>,
+    ) -> Result<Granted, Refusal> {
         let signing = self.signing;
         let now = signing.clock.now();
         let csr = sha256(encoded.bytes());
-        let refuse =
-            |refusal| signing.refuse(refusal, now, self.peer, Some(&self.caller), Some(&csr));
+        let refuse = |refusal| signing.refuse(refusal, now, self.peer, Some(caller), Some(&csr));
         let asked = signing.life(asked).map_err(refuse)?;
         if self.since.elapsed() > signing.limits.patience {
             return Err(refuse(Refusal::QueueFull));
@@ -331,26 +415,26 @@ impl<A: Authenticate> Admitted<'_, A> {
             return Err(refuse(Refusal::Closed(fault)));
         }
         let authority = (signing.authority)();
-        let question = Question::new(&self.token, &csr, asked);
+        let question = Question::new(&self.credential, &caller.identity, &csr, asked);
         let _only_one = signing.answers.hold(&question);
         if let Some(answer) = signing.answers.find(&question, &authority, self.since) {
-            let granted = self.grant(&authority, answer);
+            let granted = grant(caller, &authority, answer);
             signing.metrics.csr(Outcome::Issued.as_str(), "Repeated");
             signing.audit.record(
                 now,
                 self.peer,
-                Some(&self.caller),
+                Some(caller),
                 Some(&csr),
                 &Act::Repeated(&granted),
             );
             return Ok(granted);
         }
         let answer = self
-            .issue(encoded, asked, &authority, &csr, now)
+            .issue(caller, encoded, asked, &authority, &csr, now)
             .map_err(refuse)?;
         signing.answers.keep(question, &answer, self.since);
         signing.metrics.issued("New", self.since.elapsed());
-        Ok(self.grant(&authority, answer))
+        Ok(grant(caller, &authority, answer))
     }
 
     /// The chain is not verified again before it goes out. The authority was, once, when it was published, with a leaf
@@ -359,6 +443,7 @@ impl<A: Authenticate> Admitted<'_, A> {
     /// sign, which is all the work that nobody could leave out.
     fn issue(
         &self,
+        caller: &Caller,
         encoded: Encoded<'_>,
         asked: Duration,
         authority: &Authority,
@@ -371,16 +456,16 @@ impl<A: Authenticate> Admitted<'_, A> {
             Encoded::Der(der) => Csr::parse_der(der, signing.keys),
         }
         .map_err(Refusal::Csr)?;
-        if csr.asks_beyond(&self.caller.identity) {
+        if csr.asks_beyond(&caller.identity) {
             signing.metrics.surplus();
         }
         let dice = Dice::throw()?;
         let issued = authority
             .issue(
                 &csr.public_key,
-                &Profile::Workload(self.caller.identity.clone()),
+                &Profile::Workload(caller.identity.clone()),
                 granted_life(asked, signing.leaf.min, dice.life),
-                Serial::for_workload(now, dice.serial),
+                Serial::for_workload(caller.proved.unwrap_or(now), dice.serial),
                 now,
             )
             .map_err(Refusal::Authority)?;
@@ -389,7 +474,7 @@ impl<A: Authenticate> Admitted<'_, A> {
         signing.audit.record(
             now,
             self.peer,
-            Some(&self.caller),
+            Some(caller),
             Some(csr_hash),
             &Act::Issued {
                 issued: &issued,
@@ -398,18 +483,6 @@ impl<A: Authenticate> Admitted<'_, A> {
             },
         );
         Ok(Answer::new(issued, authority, renew_at))
-    }
-
-    fn grant(&self, authority: &Authority, answer: Answer) -> Granted {
-        Granted {
-            caller: self.caller.clone(),
-            serial: answer.serial,
-            trust_bundle: authority.bundle().to_pem(),
-            not_before: answer.validity.not_before,
-            not_after: answer.validity.not_after,
-            renew_at: answer.renew_at,
-            chain: answer.into_chain(),
-        }
     }
 }
 
@@ -421,6 +494,36 @@ impl<A> Signing<A> {
             Some(asked) if (min..=max).contains(&asked) => Ok(asked),
             Some(_) => Err(Refusal::TtlOutOfRange { min, max }),
         }
+    }
+}
+
+fn grant(caller: &Caller, authority: &Authority, answer: Answer) -> Granted {
+    Granted {
+        caller: caller.clone(),
+        serial: answer.serial,
+        trust_bundle: authority.bundle().to_pem(),
+        not_before: answer.validity.not_before,
+        not_after: answer.validity.not_after,
+        renew_at: answer.renew_at,
+        chain: answer.into_chain(),
+    }
+}
+
+/// A token beside a certificate must be of the same holder. One that has only run out, or that nobody can check now, is as
+/// good as none: it is for such times that certificates renew themselves.
+fn both(shown: Caller, by_token: Result<Caller, Denial>) -> Result<Caller, Denial> {
+    match by_token {
+        Ok(caller) if caller.identity == shown.identity => Ok(caller),
+        Ok(caller) => Err(CallerError::IdentityConflict(format!(
+            "the certificate is of {}, the token of {}",
+            shown.identity, caller.identity
+        ))
+        .into()),
+        Err(Denial {
+            error: CallerError::TokenExpired { .. } | CallerError::VerifierUnavailable(_),
+            ..
+        }) => Ok(shown),
+        Err(denial) => Err(denial),
     }
 }
 

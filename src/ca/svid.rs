@@ -5,7 +5,7 @@ use x509_parser::extensions::GeneralName;
 
 use crate::{
     ca::{
-        Validity,
+        Serial, Validity,
         certificate::{read, validity},
     },
     identity::{IdentityError, SpiffeId},
@@ -20,6 +20,8 @@ pub struct Svid {
     pub spki: Vec<u8>,
     /// When it is valid.
     pub validity: Validity,
+    /// Its serial number, where it has the form of ours.
+    pub serial: Option<Serial>,
 }
 
 impl Svid {
@@ -56,6 +58,7 @@ impl Svid {
             id: uri.parse()?,
             spki: certificate.public_key().raw.to_owned(),
             validity: validity(&certificate).map_err(|_| E::NotX509)?,
+            serial: Serial::from_bytes(certificate.raw_serial()),
         })
     }
 }

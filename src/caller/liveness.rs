@@ -1,6 +1,6 @@
 //! Whether what a token is bound to is still there.
 
-use std::{fmt, time::Duration};
+use std::{fmt, net::IpAddr, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -17,6 +17,10 @@ pub trait Liveness: Send + Sync {
     fn synced(&self) -> bool;
     /// The pod of that name; `None` where there is none.
     fn pod(&self, namespace: &str, name: &str) -> Option<PodFact>;
+    /// The pods that run as a service account, ended ones included.
+    fn pods_of(&self, namespace: &str, account: &str) -> Vec<PodFact>;
+    /// Namespace and service account of the pod that has this address for itself alone.
+    fn pod_at(&self, address: IpAddr) -> Option<(String, String)>;
     /// The UID of the service account of that name; `None` where there is none.
     fn service_account(&self, namespace: &str, name: &str) -> Option<String>;
     /// Whether the namespace is being deleted, or is gone.
@@ -34,6 +38,8 @@ pub struct PodFact {
     pub node: Option<String>,
     /// `metadata.deletionTimestamp`: when the grace period of its deletion ends or ended.
     pub deletion: Option<Timestamp>,
+    /// Succeeded or Failed.
+    pub finished: bool,
 }
 
 /// What is no more.
@@ -53,6 +59,8 @@ pub enum Gone {
     ServiceAccountReplaced(String),
     /// Its namespace is being deleted.
     NamespaceTerminating(String),
+    /// Nothing runs as the service account.
+    NoPodOf(String),
 }
 
 impl Gone {
@@ -64,7 +72,8 @@ impl Gone {
             | Self::PodDeleted(_)
             | Self::OtherNode(_)
             | Self::ServiceAccountReplaced(_)
-            | Self::NamespaceTerminating(_) => false,
+            | Self::NamespaceTerminating(_)
+            | Self::NoPodOf(_) => false,
         }
     }
 }
@@ -84,7 +93,7 @@ impl fmt::Display for Gone {
                 )
             }
             Self::ServiceAccountUnknown(account) => {
-                write!(f, "the token's service account {account} does not exist")
+                write!(f, "the caller's service account {account} does not exist")
             }
             Self::ServiceAccountReplaced(account) => {
                 write!(
@@ -93,7 +102,10 @@ impl fmt::Display for Gone {
                 )
             }
             Self::NamespaceTerminating(namespace) => {
-                write!(f, "the token's namespace {namespace} is being deleted")
+                write!(f, "the caller's namespace {namespace} is being deleted")
+            }
+            Self::NoPodOf(account) => {
+                write!(f, "no pod runs as the service account {account}")
             }
         }
     }

@@ -56,6 +56,8 @@ pub fn review(
         node: bound(&extra, "node"),
         token_id: single(&extra, "credential-id").map(without_kind),
         stale: false,
+        proved: None,
+        node_proxy: None,
     })
 }
 

@@ -28,6 +28,14 @@ struct Cluster {
 }
 
 impl Liveness for Cluster {
+    fn pods_of(&self, namespace: &str, account: &str) -> Vec<PodFact> {
+        let pod = self.pod.clone();
+        let pod = pod.filter(|pod| namespace == "prod" && pod.service_account == account);
+        pod.into_iter().collect()
+    }
+    fn pod_at(&self, _: IpAddr) -> Option<(String, String)> {
+        None
+    }
     fn synced(&self) -> bool {
         self.synced
     }
@@ -79,6 +87,7 @@ impl Scene {
                     service_account: "web".to_owned(),
                     node: Some("node-1".to_owned()),
                     deletion: None,
+                    finished: false,
                 }),
                 account: Some("sa-1".to_owned()),
                 terminating: false,
@@ -810,5 +819,118 @@ fn each_fault_of_a_review_has_its_code() {
         let mut status = reviewed();
         spoil(&mut status);
         assert_eq!(code(review(&status, &policy, &mesh())), *want, "{case}");
+    }
+}
+
+/// `prod/web`'s proxy of `node-1` asks for whoever runs there.
+#[test]
+fn each_condition_of_impersonation_removed_alone_is_refused() {
+    use NotImpersonated as N;
+    type Spoil = fn(&mut Scene, &mut Caller, &mut String, &mut NodeProxies);
+    let id = "spiffe://cluster.local/ns/prod/sa/web";
+    let cases: &[(&str, Spoil, Result<(), N>)] = &[
+        ("nothing removed", |_, _, _, _| {}, Ok(())),
+        (
+            "off by default",
+            |_, _, _, list| *list = NodeProxies::default(),
+            Err(N::NotAllowed),
+        ),
+        (
+            "another account of the namespace",
+            |_, caller, _, _| {
+                caller.identity = "spiffe://cluster.local/ns/kube/sa/x".parse().unwrap()
+            },
+            Err(N::NotAllowed),
+        ),
+        (
+            "the account of another namespace",
+            |_, caller, _, _| {
+                caller.identity = "spiffe://cluster.local/ns/x/sa/proxy".parse().unwrap();
+            },
+            Err(N::NotAllowed),
+        ),
+        (
+            "not bound to a pod",
+            |_, c, _, _| c.pod = None,
+            Err(N::NotBound),
+        ),
+        ("on no node", |_, c, _, _| c.node = None, Err(N::NotBound)),
+        (
+            "no identity",
+            |_, _, target, _| *target = "spiffe://cluster.local/ns/prod".into(),
+            Err(N::NoIdentity),
+        ),
+        (
+            "a byte that no identity has",
+            |_, _, target, _| target.push('%'),
+            Err(N::NoIdentity),
+        ),
+        (
+            "another trust domain",
+            |_, _, target, _| *target = "spiffe://other/ns/prod/sa/web".into(),
+            Err(N::OtherTrustDomain),
+        ),
+        (
+            "the control plane",
+            |_, _, target, _| *target = "spiffe://cluster.local/ns/malha-system/sa/malha".into(),
+            Err(N::ControlPlane),
+        ),
+        (
+            "another node",
+            |s, _, _, _| s.cluster.pod.as_mut().unwrap().node = Some("node-2".into()),
+            Err(N::NotOnNode),
+        ),
+        (
+            "no node yet",
+            |s, _, _, _| s.cluster.pod.as_mut().unwrap().node = None,
+            Err(N::NotOnNode),
+        ),
+        (
+            "it has ended",
+            |s, _, _, _| s.cluster.pod.as_mut().unwrap().finished = true,
+            Err(N::NotOnNode),
+        ),
+        (
+            "it was deleted",
+            |s, _, _, _| {
+                s.cluster.pod.as_mut().unwrap().deletion = Some(s.now);
+                s.later(61);
+            },
+            Err(N::NotOnNode),
+        ),
+        (
+            "it runs as another",
+            |s, _, _, _| s.cluster.pod.as_mut().unwrap().service_account = "db".into(),
+            Err(N::NotOnNode),
+        ),
+        (
+            "it is not there",
+            |s, _, _, _| s.cluster.pod = None,
+            Err(N::NotOnNode),
+        ),
+    ];
+    for (case, spoil, want) in cases {
+        let mut scene = Scene::new();
+        let mut caller = scene.outcome().unwrap();
+        caller.identity = "spiffe://cluster.local/ns/kube/sa/proxy".parse().unwrap();
+        let mut target = id.to_owned();
+        let mut list = "kube/proxy, other/proxy".parse().unwrap();
+        spoil(&mut scene, &mut caller, &mut target, &mut list);
+        let verdict = impersonate(
+            &caller,
+            &target,
+            &list,
+            "malha-system",
+            &scene.cluster,
+            scene.now,
+        );
+        assert_eq!(
+            verdict.map(|id| assert_eq!(id.to_string(), target)),
+            *want,
+            "{case}"
+        );
+    }
+    for wrong in ["proxy", "kube/", "/proxy", "kube/proxy,x"] {
+        assert!(wrong.parse::<NodeProxies>().is_err(), "{wrong}");
     }
 }

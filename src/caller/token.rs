@@ -64,6 +64,8 @@ impl TokenClaims {
             node: self.node,
             token_id: self.token_id,
             stale: false,
+            proved: None,
+            node_proxy: None,
         })
     }
 }

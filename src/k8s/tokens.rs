@@ -13,7 +13,7 @@
 mod budget;
 mod keys;
 
-use std::{fmt, future::Future, str::FromStr, sync::Arc, time::Duration};
+use std::{fmt, future::Future, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
@@ -22,14 +22,17 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use self::{budget::Budget, keys::Keys};
-use super::{ask_within, world::World};
+use super::{
+    ask_within,
+    world::{Pod, World},
+};
 use crate::{
     caller::{
-        Authenticate, Caller, CallerError, Denial, Liveness, MAX_TOKEN, PodFact, TokenPolicy, bind,
-        review, verify,
+        Authenticate, Caller, CallerError, Denial, Liveness, MAX_TOKEN, NodeProxies,
+        NotImpersonated, PodFact, Shown, TokenPolicy, alive, bind, impersonate, review, verify,
     },
     clock::Clock,
-    identity::TrustDomain,
+    identity::{SpiffeId, TrustDomain},
 };
 
 /// How long the API server may be silent before what is known of the cluster counts as old.
@@ -88,6 +91,10 @@ pub struct Options {
     pub require_bound_pod: bool,
     /// Who checks.
     pub validation: Validation,
+    /// Who may ask for the pods on its node.
+    pub node_proxies: NodeProxies,
+    /// Whose identities nobody may ask for: the control plane's namespace.
+    pub own_namespace: String,
 }
 
 /// Checks service-account tokens of the cluster.
@@ -139,12 +146,7 @@ impl ClusterTokens {
     }
 
     async fn check(&self, token: &str, now: Timestamp) -> Result<Caller, CallerError> {
-        let silence = self.world.silence();
-        if silence.is_some_and(|silence| silence > STALE_GRACE) {
-            return Err(CallerError::VerifierUnavailable(
-                "the API server has been silent for more than 24 hours".to_owned(),
-            ));
-        }
+        let stale = self.staleness()?;
         let mut published = self.keys.published(now).await?;
         let mut verified = verify(token, &published.keys, &self.policy(&published.issuer), now);
         if let Err(CallerError::UnknownKey(_)) = &verified
@@ -154,8 +156,19 @@ impl ClusterTokens {
             verified = verify(token, &published.keys, &self.policy(&published.issuer), now);
         }
         let mut caller = bind(verified?, &*self.world, &self.options.trust_domain, now)?;
-        caller.stale = silence.is_none_or(|silence| silence > STALE_AFTER);
+        caller.stale = stale;
         Ok(caller)
+    }
+
+    /// Whether what is known of the cluster is old; an error where it is too old to go by.
+    fn staleness(&self) -> Result<bool, CallerError> {
+        let silence = self.world.silence();
+        if silence.is_some_and(|silence| silence > STALE_GRACE) {
+            return Err(CallerError::VerifierUnavailable(
+                "the API server has been silent for more than 24 hours".to_owned(),
+            ));
+        }
+        Ok(silence.is_none_or(|silence| silence > STALE_AFTER))
     }
 
     async fn ask(&self, token: &str, now: Timestamp) -> Result<Caller, CallerError> {
@@ -201,6 +214,32 @@ impl Authenticate for ClusterTokens {
             Validation::TokenReview => self.ask(token, now).await.map_err(Denial::by_review),
         }
     }
+
+    fn renew(
+        &self,
+        shown: Shown,
+        address: Option<IpAddr>,
+        now: Timestamp,
+    ) -> Result<Caller, CallerError> {
+        let stale = self.staleness()?;
+        let caller = alive(shown, address, &*self.world, now)?;
+        Ok(Caller { stale, ..caller })
+    }
+
+    fn is_node_proxy(&self, caller: &Caller) -> bool {
+        self.options.node_proxies.list(&caller.identity)
+    }
+
+    fn impersonate(
+        &self,
+        caller: &Caller,
+        target: &str,
+        now: Timestamp,
+    ) -> Result<SpiffeId, NotImpersonated> {
+        let options = &self.options;
+        let (allowed, own) = (&options.node_proxies, &options.own_namespace);
+        impersonate(caller, target, allowed, own, &*self.world, now)
+    }
 }
 
 impl Liveness for World {
@@ -209,12 +248,34 @@ impl Liveness for World {
     }
 
     fn pod(&self, namespace: &str, name: &str) -> Option<PodFact> {
-        self.find_pod(namespace, name).map(|pod| PodFact {
-            uid: pod.uid.into(),
-            service_account: pod.service_account.as_ref().to_owned(),
-            node: pod.node.map(|node| node.as_ref().to_owned()),
-            deletion: pod.deletion,
-        })
+        self.find_pod(namespace, name).as_ref().map(fact)
+    }
+
+    fn pods_of(&self, namespace: &str, account: &str) -> Vec<PodFact> {
+        let mut pods = Vec::new();
+        self.each_pod_in(namespace, |pod| {
+            if *pod.service_account == *account {
+                pods.push(fact(pod));
+            }
+        });
+        pods
+    }
+
+    fn pod_at(&self, address: IpAddr) -> Option<(String, String)> {
+        let address = address.to_canonical();
+        let mut found = None;
+        self.each_namespace(|namespace, pods| {
+            let mut here = pods.filter(|(_, pod)| {
+                !pod.host_network && !pod.finished && pod.addresses.contains(&address)
+            });
+            if let Some((_, pod)) = here.next() {
+                found = Some((
+                    namespace.to_owned(),
+                    pod.service_account.as_ref().to_owned(),
+                ));
+            }
+        });
+        found
     }
 
     fn service_account(&self, namespace: &str, name: &str) -> Option<String> {
@@ -225,6 +286,16 @@ impl Liveness for World {
     fn namespace_terminating(&self, namespace: &str) -> bool {
         self.find_namespace(namespace)
             .is_some_and(|namespace| namespace.terminating)
+    }
+}
+
+fn fact(pod: &Pod) -> PodFact {
+    PodFact {
+        uid: pod.uid.as_ref().to_owned(),
+        service_account: pod.service_account.as_ref().to_owned(),
+        node: pod.node.as_deref().map(str::to_owned),
+        deletion: pod.deletion,
+        finished: pod.finished,
     }
 }
 
@@ -253,7 +324,10 @@ fn undecided(error: &CallerError) -> bool {
         | CallerError::TokenNotYetValid { .. }
         | CallerError::UnknownCluster(_)
         | CallerError::NotBound
-        | CallerError::IdentityConflict(_) => false,
+        | CallerError::IdentityConflict(_)
+        | CallerError::CertificateInvalid(_)
+        | CallerError::Denied(_)
+        | CallerError::RenewalNeedsToken { .. } => false,
     }
 }
 

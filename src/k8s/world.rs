@@ -151,6 +151,11 @@ impl World {
         self.pods.get(namespace, name)
     }
 
+    /// Looks at the pods of one namespace.
+    pub fn each_pod_in(&self, namespace: &str, look: impl FnMut(&Pod)) {
+        self.pods.each_in(namespace, look);
+    }
+
     /// What is known of a namespace.
     pub fn find_namespace(&self, name: &str) -> Option<Namespace> {
         self.namespaces.get("", name)

@@ -10,7 +10,10 @@ use aws_lc_rs::digest::{Context, SHA256};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::ca::{Authority, Issued, KeyId, Serial, Validity};
+use crate::{
+    ca::{Authority, Issued, KeyId, Serial, Validity},
+    identity::SpiffeId,
+};
 
 /// How long a request counts as a repetition: an agent whose answer was lost on the way tries again within seconds.
 const MEMORY: Duration = Duration::from_secs(60);
@@ -20,11 +23,18 @@ const MEMORY: Duration = Duration::from_secs(60);
 pub(super) struct Question([u8; 32]);
 
 impl Question {
-    pub(super) fn new(token: &[u8; 32], csr: &[u8; 32], asked: Duration) -> Self {
+    pub(super) fn new(
+        credential: &[u8; 32],
+        identity: &SpiffeId,
+        csr: &[u8; 32],
+        asked: Duration,
+    ) -> Self {
         let mut context = Context::new(&SHA256);
-        context.update(token);
+        context.update(credential);
         context.update(csr);
         context.update(&asked.as_secs().to_be_bytes());
+        // last, because it alone has no fixed length
+        context.update(identity.to_string().as_bytes());
         let mut hash = [0; 32];
         hash.copy_from_slice(context.finish().as_ref());
         Self(hash)

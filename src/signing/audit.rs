@@ -149,6 +149,8 @@ struct Record<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     node: Option<Named<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    node_proxy: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     token_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     csr_sha256: Option<String>,
@@ -181,6 +183,7 @@ impl<'a> Record<'a> {
         self.method = Some(caller.method.as_str());
         self.pod = caller.pod.as_ref().map(Named::of);
         self.node = caller.node.as_ref().map(Named::of);
+        self.node_proxy = caller.node_proxy.as_ref().map(ToString::to_string);
         self.token_id = caller.token_id.as_deref();
         self.stale = caller.stale;
     }

@@ -1,12 +1,12 @@
 //! The signing service over gRPC, as Istio's agents, ztunnel and our own agent speak it:
 //! `istio.v1.auth.IstioCertificateService/CreateCertificate`.
 //!
-//! Metadata `authorization: Bearer TOKEN` and `clusterid`; the message holds the CSR and for how long. The answer is a
-//! list of PEM texts: the leaf, each intermediate, last all roots in one. A refusal carries its stable code as metadata
+//! Metadata `authorization: Bearer TOKEN` (or a client certificate, to renew it) and `clusterid`; the message holds the
+//! CSR and for how long. The answer is a list of PEM texts: the leaf, each intermediate, last all roots in one. A refusal
+//! carries its stable code as metadata
 //! `malha-code`, and where time heals it, `grpc-retry-pushback-ms`.
 
 use std::{
-    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +16,7 @@ use std::{
 
 use axum::{
     Router,
-    extract::{ConnectInfo, Request, State},
+    extract::{Request, State},
     http::{HeaderMap, Response, header},
     routing::post,
 };
@@ -28,11 +28,11 @@ use tonic_prost::ProstCodec;
 
 use super::{
     Admitted, Encoded, Granted, Outcome, Refusal, Signing,
-    http::{BODY_TIMEOUT, bearer, read_on},
+    http::{BODY_TIMEOUT, bearer, credential, read_on},
 };
 use crate::{
     ca::pem,
-    caller::{Authenticate, CallerError},
+    caller::{Authenticate, CallerError, NotImpersonated},
     proto::istio_ca::{IstioCertificateRequest, IstioCertificateResponse},
 };
 
@@ -62,11 +62,10 @@ async fn create_certificate<A: Authenticate>(
     State(signing): State<Arc<Signing<A>>>,
     request: Request,
 ) -> Response<Body> {
-    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
-    let peer = peer.map(|info| info.0);
-    let credential = of_our_cluster(request.headers(), &signing.cluster)
+    let token = of_our_cluster(request.headers(), &signing.cluster)
         .and_then(|()| bearer(request.headers()));
-    match signing.admit(credential, peer).await {
+    let credential = credential(token, request.extensions());
+    match signing.admit(credential).await {
         Ok(admitted) => serve(&admitted, signing.limits.body, request).await,
         Err(refusal) => {
             read_on(request.version(), request.into_body());
@@ -139,19 +138,25 @@ fn certify<A: Authenticate>(
     admitted: &Admitted<'_, A>,
     asked: &IstioCertificateRequest,
 ) -> Result<Granted, Refusal> {
-    if let Some(metadata) = &asked.metadata {
-        understand(metadata).map_err(|refusal| admitted.refuse(refusal))?;
-    }
+    let metadata = asked.metadata.as_ref();
+    let target = metadata.map_or(Ok(None), understand);
+    let target = target.map_err(|refusal| admitted.refuse(refusal))?;
     // 0 or less: as long as we like
     let life = u64::try_from(asked.validity_duration)
         .ok()
         .filter(|&seconds| seconds > 0)
         .map(Duration::from_secs);
-    admitted.certify(Encoded::Pem(asked.csr.as_bytes()), life)
+    let csr = Encoded::Pem(asked.csr.as_bytes());
+    match target {
+        Some(target) => admitted.certify_for(target, csr, life),
+        None => admitted.certify(csr, life),
+    }
 }
 
-/// What else a request may say. What is not understood is refused: it might mean that somebody else is meant.
-fn understand(metadata: &Struct) -> Result<(), Refusal> {
+/// What else a request may say: for whom the certificate is, if not for the caller. What is not understood is refused: it
+/// might mean that somebody else is meant.
+fn understand(metadata: &Struct) -> Result<Option<&str>, Refusal> {
+    let mut target = None;
     for (name, value) in &metadata.fields {
         match name.as_str() {
             _ if is_empty(value) => {}
@@ -161,7 +166,10 @@ fn understand(metadata: &Struct) -> Result<(), Refusal> {
                         .to_owned(),
                 ));
             }
-            "ImpersonatedIdentity" => return Err(Refusal::ImpersonationRefused),
+            "ImpersonatedIdentity" => match &value.kind {
+                Some(value::Kind::StringValue(text)) => target = Some(text.as_str()),
+                _ => return Err(NotImpersonated::NoIdentity.into()),
+            },
             other => {
                 let other: String = other.escape_debug().take(64).collect();
                 return Err(Refusal::BadRequest(format!(
@@ -170,7 +178,7 @@ fn understand(metadata: &Struct) -> Result<(), Refusal> {
             }
         }
     }
-    Ok(())
+    Ok(target)
 }
 
 fn is_empty(value: &Value) -> bool {

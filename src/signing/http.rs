@@ -1,8 +1,9 @@
 //! The signing service over HTTP, for curl, cron and everything that speaks no gRPC.
 //!
-//! `POST /v1/certificates`: bearer token and a CSR, as `application/json` (`{"csr": PEM, "ttl_seconds": 3600}`, where
-//! any other field is refused: a misspelt `ttl` that is silently ignored costs somebody a night) or by itself as
-//! `application/pkcs10` (DER as RFC 5967 has it, or PEM). 201 with the chain and the bundle, or a problem (RFC 9457).
+//! `POST /v1/certificates`: bearer token or client certificate, and a CSR, as `application/json` (`{"csr": PEM,
+//! "ttl_seconds": 3600}`, where any other field is refused: a misspelt `ttl` that is silently ignored costs somebody a
+//! night) or by itself as `application/pkcs10` (DER as RFC 5967 has it, or PEM). 201 with the chain and the bundle, or a
+//! problem (RFC 9457).
 //!
 //! `GET /v1/bundle`: the trust bundle, PEM. It is public, so no credential is asked for.
 
@@ -13,17 +14,19 @@ use axum::{
     body::{Body, Bytes, HttpBody as _},
     extract::{ConnectInfo, Request, State},
     http::{
-        HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version, header, request::Parts,
+        Extensions, HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version, header,
+        request::Parts,
     },
     routing::{get, post},
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::{Deserialize, Serialize};
 
-use super::{Admitted, Encoded, Granted, Outcome, Refusal, Signing};
+use super::{Admitted, Credential, Encoded, Granted, Outcome, Refusal, Signing};
 use crate::{
     ca::pem,
     caller::{Authenticate, CallerError},
+    tls::Peer,
 };
 
 /// How long a body may take. A CSR fits into two packets, and its sender holds a place in the queue meanwhile.
@@ -70,11 +73,8 @@ async fn certify<A: Authenticate>(
     head: &Parts,
     body: &mut Body,
 ) -> Result<Granted, Refusal> {
-    let peer = head
-        .extensions
-        .get::<ConnectInfo<SocketAddr>>()
-        .map(|info| info.0);
-    let admitted = signing.admit(bearer(&head.headers), peer).await?;
+    let credential = credential(bearer(&head.headers), &head.extensions);
+    let admitted = signing.admit(credential).await?;
     let kind = Kind::of(&head.headers).map_err(|e| admitted.refuse(e))?;
     let body = read(body, signing.limits.body)
         .await
@@ -131,6 +131,22 @@ struct Asked<'a> {
     #[serde(borrow)]
     csr: Cow<'a, str>,
     ttl_seconds: Option<serde_json::Number>,
+}
+
+/// What the connection knows beside the token.
+pub(super) fn credential<'a>(
+    token: Result<&'a str, CallerError>,
+    extensions: &'a Extensions,
+) -> Credential<'a> {
+    let address = extensions.get::<ConnectInfo<SocketAddr>>();
+    let leaf = extensions
+        .get::<Peer>()
+        .and_then(|peer| peer.certificates.first());
+    Credential {
+        token,
+        certificate: leaf.map(|leaf| leaf.as_ref()),
+        peer: address.map(|info| info.0),
+    }
 }
 
 /// RFC 6750 2.1; the scheme's case does not matter (RFC 9110 11.1).

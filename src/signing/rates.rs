@@ -24,6 +24,7 @@ pub struct Rate {
 /// Both limits. A pod is known by its UID; a caller without a pod has its service account's limit only.
 pub(super) struct Rates {
     pods: Mutex<Buckets<String>>,
+    nodes: Mutex<Buckets<String>>,
     accounts: Mutex<Buckets<SpiffeId>>,
 }
 
@@ -31,13 +32,30 @@ impl Rates {
     pub(super) fn new(limits: &Limits) -> Self {
         Self {
             pods: Mutex::new(Buckets::new(limits.per_pod, limits.rates)),
+            nodes: Mutex::new(Buckets::new(limits.per_node, limits.rates)),
             accounts: Mutex::new(Buckets::new(limits.per_account, limits.rates)),
         }
     }
 
     /// The pod comes first, so that one noisy pod is stopped before it eats what its replicas share.
-    pub(super) fn take(&self, caller: &Caller, now: Instant) -> Result<(), Refusal> {
+    ///
+    /// A node's proxy asks for many pods and service accounts, and has a limit of its own.
+    pub(super) fn take(
+        &self,
+        caller: &Caller,
+        for_others: bool,
+        now: Instant,
+    ) -> Result<(), Refusal> {
         let lock = PoisonError::into_inner;
+        if for_others && let Some(node) = &caller.node {
+            let mut nodes = self.nodes.lock().unwrap_or_else(lock);
+            return nodes
+                .take(&node.name, now)
+                .map_err(|wait| Refusal::RateLimited {
+                    subject: "node's proxy",
+                    wait,
+                });
+        }
         if let Some(pod) = &caller.pod {
             let mut pods = self.pods.lock().unwrap_or_else(lock);
             pods.take(&pod.uid, now)

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::gate::Fault;
 use crate::{
     ca::{AuthorityError, csr::CsrError},
-    caller::CallerError,
+    caller::{CallerError, NotImpersonated},
 };
 
 /// Every reason there is. The text is for our own log; what the client may read is [`Self::client_text`].
@@ -14,9 +14,9 @@ pub enum Refusal {
     /// Who is calling is not known.
     #[error(transparent)]
     Caller(#[from] CallerError),
-    /// A node's proxy asks for one of its pods.
-    #[error("certificates for somebody else than the caller are not handed out here")]
-    ImpersonationRefused,
+    /// Somebody asks for somebody else, and may not.
+    #[error(transparent)]
+    Impersonation(#[from] NotImpersonated),
     /// What is asked is not a CSR that is signed here.
     #[error(transparent)]
     Csr(CsrError),
@@ -42,7 +42,7 @@ pub enum Refusal {
     /// One caller asks too often.
     #[error("this {subject} asks for certificates too often; try again in {} s", seconds(*wait))]
     RateLimited {
-        /// `pod` or `service account`.
+        /// `pod`, `service account` or `node's proxy`.
         subject: &'static str,
         /// When it may ask again.
         wait: Duration,
@@ -94,7 +94,7 @@ impl Refusal {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Caller(error) => error.code(),
-            Self::ImpersonationRefused => "ImpersonationRefused",
+            Self::Impersonation(_) => "ImpersonationRefused",
             Self::Csr(error) => error.code(),
             Self::TtlOutOfRange { .. } => "TtlOutOfRange",
             Self::BadRequest(_) => "BadRequest",
@@ -112,7 +112,7 @@ impl Refusal {
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Caller(CallerError::VerifierUnavailable(_)) => Outcome::Error,
-            Self::Caller(_) | Self::ImpersonationRefused => Outcome::Denied,
+            Self::Caller(_) | Self::Impersonation(_) => Outcome::Denied,
             Self::Csr(_)
             | Self::TtlOutOfRange { .. }
             | Self::BadRequest(_)
@@ -138,7 +138,7 @@ impl Refusal {
                 | AuthorityError::JournalStale(_),
             ) => Some(Duration::from_secs(30)),
             Self::Caller(_)
-            | Self::ImpersonationRefused
+            | Self::Impersonation(_)
             | Self::Csr(_)
             | Self::TtlOutOfRange { .. }
             | Self::BadRequest(_)
@@ -157,7 +157,7 @@ impl Refusal {
                 "the certificate could not be signed; the reason is in the control plane's log"
                     .to_owned()
             }
-            Self::ImpersonationRefused
+            Self::Impersonation(_)
             | Self::Csr(_)
             | Self::TtlOutOfRange { .. }
             | Self::BadRequest(_)

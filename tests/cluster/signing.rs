@@ -15,6 +15,7 @@ use kube::{
 };
 use malha::{
     ca::{pem, rotation::RotationPolicy},
+    caller::NodeProxies,
     k8s::tokens::{ClusterTokens, Options, Validation},
     runtime::clock,
     signing::{Limits, Metrics, Signing, router},
@@ -45,6 +46,8 @@ impl Replica {
             audiences: vec!["malha-ca".to_owned()],
             require_bound_pod: true,
             validation: Validation::Auto,
+            node_proxies: NodeProxies::default(),
+            own_namespace: namespace.to_owned(),
         };
         let tokens = ClusterTokens::new(client, followed.world.clone(), options);
         let signing = Signing::new(

@@ -9,7 +9,7 @@ use kube::{
     api::{DeleteParams, PostParams},
 };
 use malha::{
-    caller::{Authenticate, CallerError, Gone, Method},
+    caller::{Authenticate, CallerError, Gone, Method, NodeProxies},
     k8s::{
         tokens::{ClusterTokens, Options, Validation},
         world::World,
@@ -30,6 +30,8 @@ fn options(validation: Validation) -> Options {
         audiences: vec![AUDIENCE.to_owned()],
         require_bound_pod: true,
         validation,
+        node_proxies: NodeProxies::default(),
+        own_namespace: "malha-system".to_owned(),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 /// Layer by layer, the core first. `lib.rs` shows the same map.
 const CORE: &[&str] = &[
-    "clock", "identity", "redirect", "caller", "inject", "ca", "mesh", "xds", "config",
+    "clock", "identity", "redirect", "inject", "ca", "caller", "mesh", "xds", "config",
 ];
 /// Messages of others' protocols, sent and received by adapters; the core has types of its own.
 const DATA: &[&str] = &["proto"];

@@ -1,12 +1,14 @@
 //! The signing endpoint, end to end behind its router: CSRs that `openssl` makes, tokens of every fault, and what each of
 //! them comes to.
 
+mod callers;
 mod grpc;
+mod renewal;
 
 use std::{
     collections::BTreeSet,
     fs,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::{Command, Stdio},
     sync::{Arc, LazyLock, Mutex},
@@ -26,15 +28,15 @@ use jsonwebtoken::{Algorithm, EncodingKey};
 use malha::{
     ca::{profile::Profile, rotation::RotationPolicy},
     caller::{
-        Authenticate, Caller, CallerError, Denial, KeySet, Liveness, PodFact, TokenPolicy, bind,
-        verify,
+        Authenticate, Caller, CallerError, Denial, KeySet, Liveness, NodeProxies, NotImpersonated,
+        PodFact, Shown, TokenPolicy, alive, bind, impersonate, verify,
     },
     clock::Clock,
     custody::{Custody, keep_serving},
     identity::{SpiffeId, TrustDomain},
     signing::{Audit, Fault, Gate, Limits, Metrics, Rate, Signing, router, verify_chain},
     standalone::{Directory, FileHome, LocalTokens, TokenMaker},
-    tls::{Alpn, Bound, ServingCertificate},
+    tls::{Bound, ClientTrust, ServingCertificate},
 };
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use serde_json::{Value, json};
@@ -72,6 +74,13 @@ struct Cluster {
     account: Option<String>,
     terminating: bool,
     review: Review,
+    /// Where `web-0` is.
+    address: Option<IpAddr>,
+    /// Whom somebody at this address runs as.
+    stranger: Option<(IpAddr, &'static str)>,
+    node_proxies: NodeProxies,
+    /// Whether every other account of `prod` is there, too, with a pod that runs as it.
+    second: bool,
 }
 
 /// What asking the API server comes to.
@@ -91,10 +100,23 @@ impl Liveness for Cluster {
             .clone()
             .filter(|_| (namespace, name) == ("prod", "web-0"))
     }
+    fn pods_of(&self, namespace: &str, account: &str) -> Vec<PodFact> {
+        let pod = self
+            .pod
+            .clone()
+            .filter(|pod| namespace == "prod" && (pod.service_account == account || self.second));
+        pod.into_iter().collect()
+    }
+    fn pod_at(&self, address: IpAddr) -> Option<(String, String)> {
+        let stranger = self.stranger.filter(|(at, _)| *at == address);
+        let own = self.address.filter(|own| *own == address).map(|_| "web");
+        let account = stranger.map(|(_, account)| account).or(own)?;
+        Some(("prod".into(), account.into()))
+    }
     fn service_account(&self, namespace: &str, name: &str) -> Option<String> {
         self.account
             .clone()
-            .filter(|_| (namespace, name) == ("prod", "web"))
+            .filter(|_| namespace == "prod" && (name == "web" || self.second))
     }
     fn namespace_terminating(&self, _: &str) -> bool {
         self.terminating
@@ -121,6 +143,40 @@ impl Authenticate for Offline {
             )));
         }
         Ok(bind(claims, &cluster, &mesh(), now)?)
+    }
+
+    fn renew(
+        &self,
+        shown: Shown,
+        address: Option<IpAddr>,
+        now: Timestamp,
+    ) -> Result<Caller, CallerError> {
+        alive(shown, address, &*self.cluster.lock().unwrap(), now)
+    }
+
+    fn is_node_proxy(&self, caller: &Caller) -> bool {
+        self.cluster
+            .lock()
+            .unwrap()
+            .node_proxies
+            .list(&caller.identity)
+    }
+
+    fn impersonate(
+        &self,
+        caller: &Caller,
+        target: &str,
+        now: Timestamp,
+    ) -> Result<SpiffeId, NotImpersonated> {
+        let cluster = self.cluster.lock().unwrap();
+        impersonate(
+            caller,
+            target,
+            &cluster.node_proxies,
+            "malha-system",
+            &*cluster,
+            now,
+        )
     }
 }
 
@@ -194,10 +250,15 @@ impl Scene {
                 service_account: "web".into(),
                 node: Some("node-1".into()),
                 deletion: None,
+                finished: false,
             }),
             account: Some("sa-1".into()),
             terminating: false,
             review: Review::NotAsked,
+            address: None,
+            stranger: None,
+            node_proxies: NodeProxies::default(),
+            second: false,
         }));
         let offline = Offline {
             keys: issuer.keys(),
@@ -1621,14 +1682,11 @@ async fn serving() -> (Scene, SocketAddr, CancellationToken) {
     ));
     tokio::spawn(Arc::clone(&serving).follow(certificates, stop.clone()));
     let loopback = "127.0.0.1:0".parse().unwrap();
-    let listener = Bound::new(
-        loopback,
-        serving,
-        Alpn::Http2,
-        malha::tls::Limits::default(),
-    )
-    .await
-    .unwrap();
+    let clients = ClientTrust::new();
+    clients.publish(scene.custody.authority().bundle()).unwrap();
+    let listener = Bound::asking(loopback, serving, clients, malha::tls::Limits::default())
+        .await
+        .unwrap();
     let addr = listener.local_addr();
     tokio::spawn(listener.serve(scene.router.clone(), stop.clone()));
     (scene, addr, stop)

@@ -258,6 +258,8 @@ fn options(settings: &Settings) -> Options {
             config::Validation::Jwks => Validation::Jwks,
             config::Validation::TokenReview => Validation::TokenReview,
         },
+        node_proxies: settings.node_proxies.clone(),
+        own_namespace: settings.namespace.clone(),
     }
 }
 

@@ -1,7 +1,9 @@
 //! What is kept of an object, and how it is read: only the fields that are kept are parsed, and a shape that nobody
 //! expected is a fact less, never an error.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt::Debug, marker::PhantomData, sync::Arc};
+use std::{
+    borrow::Cow, collections::BTreeMap, fmt::Debug, marker::PhantomData, net::IpAddr, sync::Arc,
+};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -40,6 +42,8 @@ pub struct Pod {
     pub finished: bool,
     /// Its labels that say something about injection.
     pub labels: BTreeMap<String, String>,
+    /// `status.podIPs`.
+    pub addresses: Box<[IpAddr]>,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// The kubelet's image of a static pod.
@@ -120,8 +124,16 @@ pub(super) struct Container {
 }
 
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct PodStatus {
     phase: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIp>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct PodIp {
+    ip: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -228,13 +240,20 @@ impl Pod {
     pub(super) fn of(view: PodView, names: &mut Names) -> Self {
         let metadata = view.metadata;
         let spec = view.spec.unwrap_or_default();
-        let phase = view.status.and_then(|status| status.phase);
+        let (phase, addresses) = match view.status {
+            Some(status) => (status.phase, status.pod_ips.unwrap_or_default()),
+            None => (None, Vec::new()),
+        };
+        let addresses = addresses
+            .iter()
+            .filter_map(|it| it.ip.as_deref()?.parse().ok());
         let annotations = metadata.annotations.as_ref();
         Self {
             deletion: metadata.deletion_timestamp.as_ref().map(|time| time.0),
             created: metadata.creation_timestamp.as_ref().map(|time| time.0),
             chosen_image: annotations.is_some_and(|all| all.contains_key("malha.io/proxy-image")),
             mirror: annotations.is_some_and(|all| all.contains_key(MIRROR)),
+            addresses: addresses.collect(),
             host_network: spec.host_network.unwrap_or_default(),
             finished: matches!(phase.as_deref(), Some("Succeeded" | "Failed")),
             service_account: names.share(spec.service_account_name.as_deref().unwrap_or_default()),

@@ -94,6 +94,13 @@ impl<F: Clone + PartialEq> Kept<F> {
         map.0.get(namespace)?.get(name).cloned()
     }
 
+    /// Looks at the objects of one namespace.
+    pub(super) fn each_in(&self, namespace: &str, look: impl FnMut(&F)) {
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        let inside = map.0.get(namespace);
+        inside.into_iter().flat_map(HashMap::values).for_each(look);
+    }
+
     pub(super) fn each(&self, mut look: impl FnMut(&F)) {
         let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
         map.0.values().flat_map(HashMap::values).for_each(&mut look);

@@ -1,6 +1,6 @@
 """Asks for a certificate as any gRPC program would: client.py PROTO_DIR DIR ADDR.
 
-DIR holds csr.pem, token and roots.pem. Prints what it saw as JSON."""
+DIR holds csr.pem and its key.pem, next.pem, token and roots.pem. Prints what it saw as JSON."""
 
 import json
 import pathlib
@@ -21,15 +21,21 @@ sys.path.insert(0, made)
 import istio_ca_pb2 as messages  # noqa: E402
 import istio_ca_pb2_grpc as services  # noqa: E402
 
-credentials = grpc.ssl_channel_credentials((place / "roots.pem").read_bytes())
 options = [("grpc.ssl_target_name_override", "malha.malha-system.svc")]
-channel = grpc.secure_channel(addr, credentials, options)
+
+
+def connect(key=None, chain=None):
+    credentials = grpc.ssl_channel_credentials((place / "roots.pem").read_bytes(), key, chain)
+    return grpc.secure_channel(addr, credentials, options)
+
+
+channel = connect()
 service = services.IstioCertificateServiceStub(channel)
 csr = (place / "csr.pem").read_text()
 token = [("authorization", f"Bearer {(place / 'token').read_text()}"), ("clusterid", "Kubernetes")]
 
 
-def ask(csr, metadata):
+def ask(csr, metadata, service=service):
     request = messages.IstioCertificateRequest(csr=csr, validity_duration=3600)
     request.metadata.update({"CertSigner": ""})
     return list(service.CreateCertificate(request, metadata=metadata, timeout=20).cert_chain)
@@ -54,6 +60,7 @@ def unknown():
 
 
 chain = ask(csr, token)
+renewing = connect((place / "key.pem").read_bytes(), "".join(chain[:-1]).encode())
 json.dump(
     {
         "chain": chain,
@@ -61,6 +68,8 @@ json.dump(
         "without_token": refused(csr, []),
         "bad_csr": refused("hello", token),
         "unknown_method": unknown(),
+        "other_cluster": refused(csr, [token[0], ("clusterid", "remote")]),
+        "renewed": ask((place / "next.pem").read_text(), [], services.IstioCertificateServiceStub(renewing)),
     },
     sys.stdout,
 )

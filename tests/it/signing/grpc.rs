@@ -79,7 +79,7 @@ fn told<'a>(status: &'a Status, name: &str) -> &'a str {
     value.map_or("", |value| value.to_str().expect("ASCII"))
 }
 
-fn code(status: &Status) -> &str {
+pub(super) fn code(status: &Status) -> &str {
     told(status, "malha-code")
 }
 
@@ -341,6 +341,8 @@ async fn grpcs_own_client_gets_a_certificate() {
     let (scene, addr, stop) = serving().await;
     let path = |name: &str| scene.place.path().join(name);
     fs::write(path("csr.pem"), csr(rsa(), &["-subj", "/O="])).unwrap();
+    fs::write(path("next.pem"), csr(p256(), &[])).unwrap();
+    fs::copy(rsa(), path("key.pem")).unwrap();
     fs::write(path("token"), scene.token()).unwrap();
     fs::write(
         path("roots.pem"),
@@ -376,6 +378,28 @@ async fn grpcs_own_client_gets_a_certificate() {
     );
     assert_eq!(said["bad_csr"], json!(["INVALID_ARGUMENT", "InvalidPem"]));
     assert_eq!(said["unknown_method"], "UNIMPLEMENTED");
+    assert_eq!(
+        said["other_cluster"],
+        json!(["UNAUTHENTICATED", "UnknownIssuer"])
+    );
+    // by its certificate alone, for a key of its own
+    let renewed: Vec<&str> = said["renewed"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(text)
+        .collect();
+    assert_ne!(renewed[0], chain[0]);
+    scene.openssl_verify(&json!({
+        "certificate_chain": renewed[..2].concat(),
+        "trust_bundle": renewed[2],
+    }));
+    let hour = |leaf: &str| {
+        let der = only_block(leaf);
+        let (_, leaf) = X509Certificate::from_der(&der).expect("X.509");
+        leaf.raw_serial()[..4].to_vec()
+    };
+    assert_eq!(hour(renewed[0]), hour(chain[0]));
     stop.cancel();
 }
 
