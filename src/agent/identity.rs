@@ -241,7 +241,11 @@ impl Keeper {
         match file {
             // With roots from elsewhere a broken file is somebody else's trouble.
             Err(error) if trust.bundle().is_empty() => Err(error),
-            _ => request::certificate(&self.settings, &trust, &self.clock).await,
+            _ => {
+                let held = self.store.identity();
+                let held = held.as_deref().map(|identity| &*identity.keyed);
+                request::certificate(&self.settings, &trust, held, &self.clock).await
+            }
         }
     }
 

@@ -1,6 +1,7 @@
-//! One try to get a certificate: `istio.v1.auth.IstioCertificateService/CreateCertificate` with the pod's token.
+//! One try to get a certificate: `istio.v1.auth.IstioCertificateService/CreateCertificate` with the pod's token, or with
+//! the certificate that the token bought while there is no better one.
 //!
-//! token file -> new key, CSR -> control plane -> chain -> [`accept`](super::answer::accept)
+//! token file or certificate -> new key, CSR -> control plane -> chain -> [`accept`](super::answer::accept)
 
 use std::{fs, io, path::Path, path::PathBuf, time::Duration};
 
@@ -18,7 +19,7 @@ use super::{
     trust::{RootsError, Trust},
 };
 use crate::{
-    ca::key::KeyError,
+    ca::{KeyedChain, key::KeyError},
     clock::Clock,
     proto::istio_ca::{
         IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
@@ -26,16 +27,17 @@ use crate::{
     tls,
 };
 
-/// Asks once, with a key that nobody has seen yet.
+/// Asks once, by the token; where that is of no use, by the certificate that is `held`.
 ///
 /// # Errors
-/// How far it came.
+/// How far it came. Where both were refused, what is wrong with the token, for that is what somebody can mend.
 pub(super) async fn certificate(
     settings: &Settings,
     trust: &Trust,
+    held: Option<&KeyedChain>,
     clock: &Clock,
 ) -> Result<Accepted, RequestError> {
-    match tokio::time::timeout(DEADLINE, ask(settings, trust, clock)).await {
+    match tokio::time::timeout(DEADLINE, renew(settings, trust, held, clock)).await {
         Ok(answered) => answered,
         Err(_) => Err(RequestError::Deadline),
     }
@@ -44,8 +46,46 @@ pub(super) async fn certificate(
 /// The server answers in milliseconds; in the burst after a node's reboot its queue may be long.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-async fn ask(settings: &Settings, trust: &Trust, clock: &Clock) -> Result<Accepted, RequestError> {
-    let token = token(&settings.token)?;
+/// Without an API server the kubelet gets no new token, and the old one ends within the hour.
+async fn renew(
+    settings: &Settings,
+    trust: &Trust,
+    held: Option<&KeyedChain>,
+    clock: &Clock,
+) -> Result<Accepted, RequestError> {
+    let by_token = match token(&settings.token) {
+        Ok(token) => ask(settings, trust, Proof::Token(token), clock).await,
+        Err(error) => Err(error),
+    };
+    let live = held.filter(|held| held.validity.not_after > clock.now());
+    match (by_token, live) {
+        (Err(fault), Some(held)) if fault.is_the_tokens() => {
+            let renewed = ask(settings, trust, Proof::Certificate(held), clock).await;
+            if renewed.is_ok() {
+                tracing::warn!(
+                    error = &fault as &dyn std::error::Error,
+                    "the certificate was renewed with itself, which lasts for some days only"
+                );
+            }
+            renewed.map_err(|_| fault)
+        }
+        (by_token, _) => by_token,
+    }
+}
+
+/// Who the pod is.
+enum Proof<'a> {
+    Token(MetadataValue<Ascii>),
+    Certificate(&'a KeyedChain),
+}
+
+/// With a key that nobody has seen yet.
+async fn ask(
+    settings: &Settings,
+    trust: &Trust,
+    proof: Proof<'_>,
+    clock: &Clock,
+) -> Result<Accepted, RequestError> {
     let key = dice::key().ok_or(RequestError::Dice)?;
     let message = IstioCertificateRequest {
         csr: key.request()?,
@@ -55,11 +95,17 @@ async fn ask(settings: &Settings, trust: &Trust, clock: &Clock) -> Result<Accept
         metadata: None,
     };
     let mut request = Request::new(message);
-    request.metadata_mut().insert("authorization", token);
+    let shown = match proof {
+        Proof::Token(token) => {
+            request.metadata_mut().insert("authorization", token);
+            None
+        }
+        Proof::Certificate(held) => Some(held),
+    };
     if let Ok(cluster) = settings.cluster.parse::<MetadataValue<Ascii>>() {
         request.metadata_mut().insert("clusterid", cluster);
     }
-    let config = tls::http2_client_config(trust.bundle(), None).map_err(DialError::Tls)?;
+    let config = tls::http2_client_config(trust.bundle(), shown).map_err(DialError::Tls)?;
     let channel = dial(&settings.control_plane, config).await?;
     let answer = IstioCertificateServiceClient::new(channel)
         .max_decoding_message_size(LARGEST_ANSWER)
@@ -163,6 +209,21 @@ impl RequestError {
             | Self::Csr(_)
             | Self::Dial(_)
             | Self::Answer(_) => false,
+        }
+    }
+
+    /// Whether there was no token, or none that the control plane takes.
+    fn is_the_tokens(&self) -> bool {
+        match self {
+            Self::Token { .. } | Self::EmptyToken(_) => true,
+            Self::Refused(status) => status.code() == Code::Unauthenticated,
+            Self::Roots { .. }
+            | Self::BadRoots { .. }
+            | Self::Dice
+            | Self::Csr(_)
+            | Self::Dial(_)
+            | Self::Answer(_)
+            | Self::Deadline => false,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Envoys that talk while their certificates change, and what happens when nothing goes as it should.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use malha::{
     agent::identity::{Board, Identity, Metrics, Sds as SdsServer, SecretName},
@@ -181,21 +181,27 @@ async fn a_key_that_does_not_match_is_refused_once_and_the_old_one_serves_on() {
 }
 
 #[tokio::test]
-async fn a_refused_token_leaves_the_certificate_in_use_until_a_new_token_comes() {
+async fn a_refused_token_gets_nothing_and_a_certificate_once_got_renews_itself() {
     let place = tempfile::tempdir().unwrap();
     let plane = ControlPlane::start(place.path());
-    let web = Pod::start(place.path(), &plane, "web");
-    web.identity().await;
-    web.write_token("eyJ.not.ours");
-    web.fails("refused", 1).await;
-    let kept = web.identity().await;
+    let every = Some(Duration::from_secs(1));
+    let web = Pod::start_at(place.path(), &plane.address(), "web", every, |place| {
+        std::fs::write(place.join("token"), "eyJ.not.ours").unwrap();
+        mount(place, &plane.bundle());
+    });
     web.fails("refused", 2).await;
-    assert_eq!(web.identity().await.versions(), kept.versions());
-    // the kubelet empties and then writes it: neither is the agent's end
-    web.write_token("");
-    web.fails("token", 1).await;
+    assert!(web.identities.borrow().is_none());
     web.write_token(&plane.token("shop", "web"));
-    web.renewed_after(&kept).await;
+    let mut held = web.identity().await;
+    // the kubelet empties and then writes it: neither is the agent's end
+    for spoilt in ["eyJ.not.ours", ""] {
+        web.write_token(spoilt);
+        // the first may still be the good token's
+        for _ in 0..2 {
+            held = web.renewed_after(&held).await;
+        }
+        assert_eq!(held.id.to_string(), WEB);
+    }
     web.end().await;
 }
 
