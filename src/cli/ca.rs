@@ -1,5 +1,7 @@
 //! `malha ca`: the state of the certificate authority, and its rotation by hand or by the CronJob.
 
+mod audit;
+
 use std::{collections::BTreeMap, fmt::Write as _, future::Future, path::PathBuf};
 
 use anyhow::Context as _;
@@ -19,6 +21,7 @@ use crate::{
         rotation::{CLOCK_TOLERANCE, RotationPolicy, next_elapsed},
     },
     custody::{self, CustodyError, RotateRequest, Ticked},
+    identity::SpiffeId,
     k8s::{
         self, Access,
         journal::{SecretHome, Traces},
@@ -43,12 +46,21 @@ enum Verb {
 
 /// Show the authorities: what signs, what is trusted, until when, and what happens next.
 ///
-/// Exit codes: 0; 1 where there is no authority yet; 65 where the journal cannot be read; 69 where the cluster does not
-/// answer.
+/// With --audit-verify the audit records of a log instead (lines of another kind are passed over): whether one is missing
+/// or was changed, and with --issued-to who got which certificate when.
+///
+/// Exit codes: 0; 1 where there is no authority yet, or where audit records are missing or were changed; 65 where the
+/// journal or the log cannot be read; 69 where the cluster does not answer.
 #[derive(Debug, clap::Args)]
 struct Status {
     #[command(flatten)]
     place: Place,
+    /// A log of the control plane (- for standard input), such as `kubectl logs` writes it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["standalone", "kubeconfig", "context"])]
+    audit_verify: Option<String>,
+    /// Of these records, the certificates of one identity: spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT.
+    #[arg(long, value_name = "ID", requires = "audit_verify")]
+    issued_to: Option<SpiffeId>,
     /// How the result is written.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -140,6 +152,16 @@ pub(super) fn secret_home(client: kube::Client, namespace: &str) -> SecretHome {
 }
 
 fn status(args: &Status, terminal: &mut Terminal) -> Result<Exit, Failure> {
+    if let Some(file) = &args.audit_verify {
+        let issued_to = args.issued_to.as_ref();
+        let report = audit::read(file, issued_to)?;
+        let text = match args.output {
+            Format::Json => format!("{:#}\n", report.to_json(issued_to)),
+            Format::Table => report.to_text(issued_to),
+        };
+        terminal.result(&text)?;
+        return Ok(Exit::Done);
+    }
     let journal = args.place.act(Load)?;
     let now = clock::system().now();
     let text = match args.output {
