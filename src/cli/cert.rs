@@ -1,6 +1,7 @@
 //! `malha cert`: what a certificate says, and whether it is time for the next one.
 
 mod facts;
+mod list;
 mod server;
 
 use std::{fmt::Write as _, fs, io::Read as _, path::PathBuf, time::Duration};
@@ -34,6 +35,7 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
+    Ls(list::Args),
     Inspect(Inspect),
     NeedsRenewal(NeedsRenewal),
 }
@@ -98,6 +100,7 @@ enum Threshold {
 
 pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
     match args.verb {
+        Verb::Ls(args) => list::run(&args, terminal),
         Verb::Inspect(args) => inspect(&args, terminal),
         Verb::NeedsRenewal(args) => needs_renewal(&args, terminal),
     }

@@ -30,18 +30,25 @@ pub(super) const PATH: &str = "/v1/proxies";
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
-    scope: ScopeArgs,
-    #[command(flatten)]
-    control_plane: ControlPlaneArgs,
-    /// A control plane without a cluster: where its port 15016 is, such as 127.0.0.1:15016.
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["kubeconfig", "context", "system_namespace"])]
-    address: Option<String>,
+    source: Source,
     /// How the result is written.
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
     /// End with 2 where something is not in order.
     #[arg(long)]
     strict: bool,
+}
+
+/// Which proxies, of which control plane.
+#[derive(Debug, clap::Args)]
+pub(super) struct Source {
+    #[command(flatten)]
+    scope: ScopeArgs,
+    #[command(flatten)]
+    control_plane: ControlPlaneArgs,
+    /// A control plane without a cluster: where its port 15016 is, such as 127.0.0.1:15016.
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["kubeconfig", "context", "system_namespace"])]
+    address: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -146,25 +153,13 @@ pub(super) struct Report {
 
 pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
     let now = clock::system().now();
-    let Learnt { report, scope } = cluster::block_on(learn(&args))?;
-    for (replica, why) in &report.silent {
-        terminal.note(&format!("warning: {replica} could not be asked: {why}"));
-    }
-    let Report { proxies, silent } = report;
-    let elsewhere = proxies.len();
-    let report = Report {
-        proxies: proxies
-            .into_iter()
-            .filter(|proxy| scope.covers(proxy))
-            .collect(),
-        silent,
-    };
+    let (report, nobody) = args.source.ask(terminal)?;
     match args.output {
         Format::Json => terminal.result(&format!("{:#}\n", report.to_json()))?,
         Format::Name => terminal.result(&report.names())?,
         Format::Table | Format::Wide => {
             if report.proxies.is_empty() {
-                terminal.note(&scope.nobody(elsewhere));
+                terminal.note(&nobody);
             } else {
                 terminal.styled(&table(&report.rows(args.output == Format::Wide, now)))?;
             }
@@ -175,6 +170,24 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
     } else {
         Exit::Done
     })
+}
+
+impl Source {
+    /// The proxies that are meant, and what to say where there are none. Replicas that could not be asked are told of.
+    pub(super) fn ask(&self, terminal: &mut Terminal) -> Result<(Report, String), Failure> {
+        let Learnt { report, scope } = cluster::block_on(learn(self))?;
+        for (replica, why) in &report.silent {
+            terminal.note(&format!("warning: {replica} could not be asked: {why}"));
+        }
+        let Report { proxies, silent } = report;
+        let nobody = scope.nobody(proxies.len());
+        let covered = proxies.into_iter().filter(|proxy| scope.covers(proxy));
+        let report = Report {
+            proxies: covered.collect(),
+            silent,
+        };
+        Ok((report, nobody))
+    }
 }
 
 struct Learnt {
@@ -203,7 +216,7 @@ impl Scope {
     }
 }
 
-async fn learn(args: &Args) -> Result<Learnt, Failure> {
+async fn learn(args: &Source) -> Result<Learnt, Failure> {
     if let Some(address) = &args.address {
         let said = ControlPlane::Address(address).ask(PATH).await;
         let report = Report::of(said, &[])?;
@@ -452,7 +465,7 @@ impl Proxy {
     }
 }
 
-fn left(end: Timestamp, now: Timestamp) -> String {
+pub(super) fn left(end: Timestamp, now: Timestamp) -> String {
     if end < now {
         format!("expired {} ago", span(end, now))
     } else {

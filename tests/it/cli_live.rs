@@ -54,6 +54,41 @@ fn ps_tells_what_a_control_plane_at_an_address_knows() {
 }
 
 #[test]
+fn cert_ls_shows_what_ends_first_and_only_what_ends_in_time() {
+    let mut document = proxies("synced");
+    let mut later = document["items"][0].clone();
+    later["pod"] = json!("web-2");
+    later["certificateNotAfter"] = json!("2999-01-01T00:00:00Z");
+    let mut unseen = later.clone();
+    unseen["pod"] = json!("web-3");
+    unseen["certificateNotAfter"] = Value::Null;
+    document["items"] = json!([later, unseen, document["items"][0]]);
+    let document = document.to_string();
+    let pods = |args: &[&str]| -> Vec<String> {
+        let args = [args, &["-o", "json"]].concat();
+        let listed = verb(&["cert", "ls"], "200 OK", &document, &args);
+        assert_eq!(listed.status.code(), Some(0), "{}", text(&listed.stderr));
+        let list: Value = serde_json::from_slice(&listed.stdout).expect("JSON");
+        assert_eq!(list["kind"], "CertificateList");
+        let items = list["items"].as_array().expect("a list").iter();
+        items
+            .map(|item| item["pod"].as_str().expect("a name").to_owned())
+            .collect()
+    };
+    assert_eq!(pods(&[]), ["web-1", "web-2"]);
+    assert_eq!(pods(&["--expiring-in", "2h"]), ["web-1"]);
+    let table = verb(&["cert", "ls"], "200 OK", &document, &[]);
+    let shown = text(&table.stdout);
+    let mut lines = shown.lines();
+    assert!(lines.next().expect("a head").starts_with("POD "), "{shown}");
+    let first = lines.next().expect("a row");
+    assert!(
+        first.contains("shop/web-1") && first.contains("expired "),
+        "{shown}"
+    );
+}
+
+#[test]
 fn ps_says_where_else_there_are_proxies() {
     let other = ps("200 OK", &proxies("synced").to_string(), &["-n", "bank"]);
     assert_eq!(other.status.code(), Some(0));
@@ -104,6 +139,10 @@ fn proxies(state: &str) -> Value {
 
 /// `malha ps` against a server that gives one answer.
 fn ps(status: &str, body: &str, args: &[&str]) -> Output {
+    verb(&["ps"], status, body, args)
+}
+
+fn verb(verb: &[&str], status: &str, body: &str, args: &[&str]) -> Output {
     let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = socket.local_addr().expect("an address").to_string();
     let answer = format!(
@@ -118,7 +157,8 @@ fn ps(status: &str, body: &str, args: &[&str]) -> Output {
         text(&asked[..count])
     });
     let output = Command::new(env!("CARGO_BIN_EXE_malha"))
-        .args(["ps", "--address", &address])
+        .args(verb)
+        .args(["--address", &address])
         .args(args)
         .env("NO_COLOR", "1")
         .output()
