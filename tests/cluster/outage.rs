@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::authority::{ca_bundle, certificate, csr};
 use crate::rig::pods::{INIT, MESH, PROXY, create, dry_run, merge, names, pod, raw_pods};
-use crate::rig::{Cluster, Setup, eventually, outside};
+use crate::rig::{Cluster, Setup, TokenOf, eventually, outside};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -280,6 +281,75 @@ async fn r13_a_leader_that_was_frozen_does_not_go_on_leading() {
 }
 
 /// Refused because nobody answers the webhook, in words that name it.
+/// For longer than what is known counts as fresh: whoever is known gets its certificate, and the record says by what.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_api_server_is_away_known_pods_get_certificates_and_the_record_says_stale() {
+    let Some(cluster) = Cluster::start(Setup::default()).await else {
+        return;
+    };
+    let Some(plane) = outside::ControlPlane::install(&cluster, 1).await else {
+        return;
+    };
+    let replica = plane.replicas().first().expect("one");
+    let dir = tempfile::tempdir().expect("a directory");
+    let bundle = dir.path().join("bundle.pem");
+    std::fs::write(&bundle, ca_bundle(&cluster).await).expect("a file");
+    let namespace = cluster.namespace("meshed", MESH).await;
+    create(&cluster, &namespace, &pod("known"))
+        .await
+        .expect("a meshed pod");
+    let known = TokenOf::Pod("known");
+    let token = cluster
+        .token(&namespace, "default", &known, &["malha-ca"], 3600)
+        .await;
+    let last_record = || -> Value {
+        let said = replica.process().output();
+        let mut records = said.lines().rev().filter_map(|line| {
+            let record: Value = serde_json::from_str(line).ok()?;
+            (record["target"] == "audit").then_some(record)
+        });
+        records.next().unwrap_or_default()
+    };
+    let recorded = async |stale: bool| {
+        eventually(
+            Duration::from_secs(120),
+            "a certificate, and its record",
+            || async {
+                // not more often than a pod may ask
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let csr = csr(dir.path()).await;
+                let (status, answer) = certificate(replica, &bundle, &token, &csr).await;
+                assert_eq!(status, 201, "{answer:#}");
+                let record = last_record();
+                match record["stale"].as_bool().unwrap_or_default() == stale {
+                    true => Ok(record),
+                    false => Err(record.to_string()),
+                }
+            },
+        )
+        .await
+    };
+    let fresh = recorded(false).await;
+    assert_eq!(fresh["pod"]["name"], "known");
+    cluster.api_server().kill();
+    let stale = recorded(true).await;
+    assert_eq!(
+        (&stale["code"], &stale["method"]),
+        (&json!("New"), &json!("jwks"))
+    );
+    let verdict = malha::signing::verify_chain(
+        replica
+            .process()
+            .output()
+            .lines()
+            .filter(|line| line.starts_with("{\"target\":\"audit\"")),
+    );
+    assert!(verdict.is_ok_and(|records| records > 1), "the chain holds");
+    cluster.api_server().start().expect("it starts again");
+    cluster.api_server_ready().await.expect("it is back");
+    recorded(false).await;
+}
+
 async fn refused_by_the_webhook(cluster: &Cluster, meshed: &str) {
     let refused = create(cluster, meshed, &pod("refused"))
         .await

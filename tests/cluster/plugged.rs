@@ -25,7 +25,7 @@ async fn the_operators_issuer_signs_and_nothing_wrong_ever_takes_its_place() {
         return;
     };
     let dir = tempfile::tempdir().expect("a directory");
-    let operator = Operator::new(&cluster, dir.path()).await;
+    let operator = Operator::new(&cluster, NAMESPACE, dir.path()).await;
     outside::apply_base(&cluster).await;
 
     // At the first start, without its key: nothing is signed, no root is made, and it is told why.
@@ -89,32 +89,32 @@ async fn the_operators_issuer_signs_and_nothing_wrong_ever_takes_its_place() {
 }
 
 /// Who has a root of its own, and the right to write the Secret.
-struct Operator<'a> {
+pub(crate) struct Operator<'a> {
     dir: &'a Path,
     secrets: Api<Secret>,
     events: Api<Event>,
 }
 
-struct Issuer {
+pub(crate) struct Issuer {
     cert: Vec<u8>,
     key: Vec<u8>,
 }
 
 impl<'a> Operator<'a> {
-    async fn new(cluster: &Cluster, dir: &'a Path) -> Self {
+    pub(crate) async fn new(cluster: &Cluster, namespace: &str, dir: &'a Path) -> Self {
         let words = "req -x509 -newkey rsa:2048 -nodes -keyout root-key.pem -out root-cert.pem -days 30 \
              -subj /O=Corp/CN=root -addext keyUsage=critical,keyCertSign,cRLSign";
         openssl(dir, &words.split_whitespace().collect::<Vec<_>>()).await;
         let client = cluster.client().await;
         Self {
             dir,
-            secrets: Api::namespaced(client.clone(), NAMESPACE),
-            events: Api::namespaced(client, NAMESPACE),
+            secrets: Api::namespaced(client.clone(), namespace),
+            events: Api::namespaced(client, namespace),
         }
     }
 
     /// An intermediate of a day's life, with an RSA key in the form that openssl writes.
-    async fn issuer(&self, name: &str) -> Issuer {
+    pub(crate) async fn issuer(&self, name: &str) -> Issuer {
         let extensions = "basicConstraints=critical,CA:true,pathlen:0\n\
              keyUsage=critical,digitalSignature,keyCertSign,cRLSign\n\
              subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n";
@@ -141,7 +141,7 @@ impl<'a> Operator<'a> {
     }
 
     /// Makes or replaces the Secret.
-    async fn put(&self, issuer: &Issuer, without: &[&str]) {
+    pub(crate) async fn put(&self, issuer: &Issuer, without: &[&str]) {
         let root = self.read("root-cert.pem");
         let chain = [issuer.cert.clone(), root.clone()].concat();
         let files = [

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     journal,
+    plugged::Operator,
     rig::{self, Cluster, eventually, outside},
     world::{Followed, follow},
 };
@@ -263,6 +264,34 @@ async fn what_is_edited_or_deleted_is_put_back_and_what_means_the_same_is_left()
         }
     })
     .await;
+}
+
+/// An operator's root joins the trust set while namespaces come into being, and others have the old set already.
+#[tokio::test(flavor = "multi_thread")]
+async fn namespaces_made_while_a_root_is_added_get_every_root() {
+    let Some(bench) = Bench::new().await else {
+        return;
+    };
+    let mut namespaces = vec![bench.cluster.namespace("trust", &[]).await];
+    bench.filled(&namespaces[0]).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let operator = Operator::new(bench.cluster, &bench.home, dir.path()).await;
+    operator.put(&operator.issuer("new").await, &[]).await;
+    let making = async {
+        let mut made = Vec::new();
+        for _ in 0..8 {
+            made.push(bench.cluster.namespace("trust", &[]).await);
+        }
+        made
+    };
+    let (made, ticked) = tokio::join!(making, bench.custody.tick());
+    ticked.expect("the root is trusted");
+    namespaces.extend(made);
+    namespaces.push(bench.cluster.namespace("trust", &[]).await);
+    assert_eq!(bench.wanted().len(), 2, "the old root stays");
+    for namespace in &namespaces {
+        bench.filled(namespace).await;
+    }
 }
 
 /// Whoever undoes a write in the moment it is made meets growing pauses, and is no test of this one.

@@ -16,7 +16,7 @@ use malha::{
         bundle::Bundle,
         csr::{Csr, KeyPolicy},
         journal::{HomeError, Journal, JournalHome, Stored},
-        key::SecretKey,
+        key::{KeyError, SecretKey},
         peer::{self, Side},
         pem,
         profile::Profile,
@@ -690,4 +690,51 @@ async fn r07_no_handshake_fails_while_the_intermediate_rotates() {
         "{} {handshakes}",
         issuers.len()
     );
+}
+
+#[test]
+fn a_key_is_read_in_every_form_that_openssl_writes() {
+    let openssl = |words: &str, input: &[u8]| {
+        let mut child = Command::new("openssl")
+            .args(words.split_whitespace())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("openssl runs");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(input).expect("written");
+        drop(stdin);
+        child.wait_with_output().expect("it ends").stdout
+    };
+    for made_by in [
+        "genrsa -traditional 2048",
+        "genrsa 3072",
+        "ecparam -name prime256v1 -genkey",
+        "ecparam -name secp384r1 -genkey -noout",
+        "genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256",
+    ] {
+        let text = openssl(made_by, b"");
+        let key = SecretKey::from_pem(&text).unwrap_or_else(|error| panic!("{made_by}: {error}"));
+        let public = openssl("pkey -pubout -outform DER", &text);
+        assert_eq!(key.public_key().spki(), public, "{made_by}");
+    }
+    let two = [openssl("genrsa 2048", b""), openssl("genrsa 2048", b"")].concat();
+    assert_eq!(SecretKey::from_pem(&two).err(), Some(KeyError::NotPem));
+    for (made_by, want) in [
+        ("genpkey -algorithm ed25519", KeyError::Unsupported),
+        ("genrsa 1024", KeyError::Unsupported),
+        (
+            "ecparam -name secp521r1 -genkey -noout",
+            KeyError::Unsupported,
+        ),
+        (
+            "genrsa -aes128 -passout pass:word 2048",
+            KeyError::Encrypted,
+        ),
+        ("version", KeyError::NotPem),
+    ] {
+        let refused = SecretKey::from_pem(&openssl(made_by, b"")).err();
+        assert_eq!(refused, Some(want), "{made_by}");
+    }
 }
