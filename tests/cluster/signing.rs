@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
+    extract::ConnectInfo,
     http::{Request, StatusCode, header},
 };
 use http_body_util::BodyExt;
@@ -19,6 +20,7 @@ use malha::{
     k8s::tokens::{ClusterTokens, Options, Validation},
     runtime::clock,
     signing::{Limits, Metrics, Signing, router},
+    tls::Peer,
 };
 use rustls::pki_types::{CertificateDer, UnixTime};
 use serde_json::{Value, json};
@@ -65,11 +67,26 @@ impl Replica {
     }
 
     async fn ask(&self, token: &str, csr: &str) -> (StatusCode, Value) {
-        let request = Request::post("/v1/certificates")
-            .header(header::AUTHORIZATION, format!("Bearer {token}"))
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Body::from(json!({ "csr": csr }).to_string()))
-            .expect("a request");
+        let mut request = asking_for(csr);
+        let bearer = format!("Bearer {token}").parse().expect("ASCII");
+        request.headers_mut().insert(header::AUTHORIZATION, bearer);
+        self.answer(request).await
+    }
+
+    /// With a certificate that the listener has verified, and no token.
+    async fn renew(&self, chain: &Value, csr: &str) -> (StatusCode, Value) {
+        let address = "10.0.0.7:4711".parse().expect("an address");
+        let certificates = certificates(chain).into();
+        let mut request = asking_for(csr);
+        request.extensions_mut().insert(Peer {
+            address,
+            certificates,
+        });
+        request.extensions_mut().insert(ConnectInfo(address));
+        self.answer(request).await
+    }
+
+    async fn answer(&self, request: Request<Body>) -> (StatusCode, Value) {
         let response = self
             .router
             .clone()
@@ -85,6 +102,13 @@ impl Replica {
             .to_bytes();
         (status, serde_json::from_slice(&body).expect("JSON"))
     }
+}
+
+fn asking_for(csr: &str) -> Request<Body> {
+    Request::post("/v1/certificates")
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(Body::from(json!({ "csr": csr }).to_string()))
+        .expect("a request")
 }
 
 /// A CSR that also asks to be somebody else, and a certificate authority.
@@ -191,6 +215,16 @@ async fn a_pod_gets_the_certificate_of_its_service_account_and_a_deleted_pod_non
         })
         .await;
     }
+    let shown = &answers[0]["certificate_chain"];
+    let (status, renewed) = replicas[1].renew(shown, &greedy_csr()).await;
+    assert_eq!(status, StatusCode::CREATED, "{renewed}");
+    is_accepted_as(&renewed, &identity);
+    assert_ne!(renewed["serial"], answers[0]["serial"]);
+    assert_eq!(
+        renewed["serial"].as_str().map(|serial| &serial[..8]),
+        answers[0]["serial"].as_str().map(|serial| &serial[..8]),
+        "the hour in which a token was shown"
+    );
     let now = DeleteParams::default().grace_period(0);
     pods.delete("web-0", &now).await.expect("deleted");
     for replica in &replicas {
@@ -198,11 +232,15 @@ async fn a_pod_gets_the_certificate_of_its_service_account_and_a_deleted_pod_non
             Duration::from_secs(1),
             "the deleted pod is refused",
             || async {
-                let (status, problem) = replica.ask(&token, &greedy_csr()).await;
-                match (status.as_u16(), problem["code"].as_str()) {
-                    (401, Some("CallerGone")) => Ok(()),
-                    other => Err(format!("{other:?}")),
+                for (status, problem) in [
+                    replica.ask(&token, &greedy_csr()).await,
+                    replica.renew(shown, &greedy_csr()).await,
+                ] {
+                    if (status.as_u16(), &problem["code"]) != (401, &json!("CallerGone")) {
+                        return Err(format!("{status} {problem}"));
+                    }
                 }
+                Ok(())
             },
         )
         .await;

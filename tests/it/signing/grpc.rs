@@ -332,7 +332,8 @@ async fn bytes_that_are_no_request_are_refused_in_words() {
     assert!(scene.metrics().contains(counted), "{}", scene.metrics());
 }
 
-/// A client that nobody here wrote: the public messages compiled by `protoc`, and gRPC's own C core, over TLS.
+/// A client that nobody here wrote, with the habits of Istio's agents: the public messages compiled by `protoc`, and gRPC's
+/// own C core, over TLS.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn grpcs_own_client_gets_a_certificate() {
     let Some(python) = python_or_skip() else {
@@ -340,7 +341,10 @@ async fn grpcs_own_client_gets_a_certificate() {
     };
     let (scene, addr, stop) = serving().await;
     let path = |name: &str| scene.place.path().join(name);
-    fs::write(path("csr.pem"), csr(rsa(), &["-subj", "/O="])).unwrap();
+    // its habits: RSA, an organisation without a name, the identity that it hopes for
+    let hoped_for = format!("subjectAltName=URI:{WEB}");
+    let habits = ["-subj", "/O=", "-addext", &hoped_for];
+    fs::write(path("csr.pem"), csr(rsa(), &habits)).unwrap();
     fs::write(path("next.pem"), csr(p256(), &[])).unwrap();
     fs::copy(rsa(), path("key.pem")).unwrap();
     fs::write(path("token"), scene.token()).unwrap();
