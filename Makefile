@@ -162,14 +162,16 @@ soak: needs-rust needs-clients rig ## Renew every leaf every ten seconds for ten
 ifeq ($(shell id -u),0)
 rig: needs-go needs-node needs-envoy ## Build Kubernetes and get Envoy for the tests, into the cache (once)
 	@tests/cluster/programs/build >/dev/null
+	@tests/cluster/programs/promtool/build >/dev/null
 	@tests/support/envoy >/dev/null
 else
 rig: needs-go needs-envoy
 	@tests/cluster/programs/build cluster >/dev/null
+	@tests/cluster/programs/promtool/build >/dev/null
 	@tests/support/envoy >/dev/null
 endif
 
-.PHONY: lint fmt doc deny golden crds proto
+.PHONY: lint fmt doc deny golden crds dashboards proto
 lint: needs-rust ## Format, clippy and documentation without a warning
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -Dwarnings
@@ -196,6 +198,9 @@ golden: needs-rust ## Write the golden files anew; read the difference like code
 crds: needs-rust ## Write manifests/crds anew from src/mesh/crd.rs
 	$(CARGO) run --locked --quiet --example crds
 
+dashboards: needs-rust ## Write manifests/monitoring/dashboards anew from dashboards.rs beside them
+	$(CARGO) run --locked --quiet --example dashboards
+
 proto: needs-rust ## Write src/proto anew from proto/
 	$(CARGO) run --locked --quiet --example proto
 
@@ -215,9 +220,9 @@ bench-mesh: rig image ## Measure what two sidecars add to a call, and how soon a
 
 # With the kubectl of the test cluster, so that everybody's renders alike.
 KUBECTL = $$(tests/cluster/programs/build --where cluster | sed -n 's/^kubectl //p')
-manifests: needs-go ## Write manifests/install*.yaml anew from manifests/base and the overlay ha
+manifests: needs-go ## Write manifests/*.yaml anew from manifests/base, the overlay ha and manifests/monitoring
 	@tests/cluster/programs/build cluster >/dev/null
-	@for form in install:base install-ha:overlays/ha; do \
+	@for form in install:base install-ha:overlays/ha monitoring:monitoring; do \
 		{ echo "# Written by \`make manifests\` from manifests/$${form#*:}; change that instead."; \
 		$(KUBECTL) kustomize "manifests/$${form#*:}"; } > "manifests/$${form%%:*}.yaml" || exit 1; \
 	done

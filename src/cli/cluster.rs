@@ -166,12 +166,15 @@ impl Cluster {
         namespace: Option<&str>,
         name: &str,
     ) -> anyhow::Result<Option<Value>> {
-        let found = ask(self.dynamic(resource, namespace).get_opt(name)).await;
         let kind = &resource.kind;
-        let found = found.with_context(|| match namespace {
-            Some(namespace) => format!("cannot read {kind} {namespace}/{name}"),
-            None => format!("cannot read {kind} {name}"),
-        })?;
+        let found = match ask(self.dynamic(resource, namespace).get_opt(name)).await {
+            // a path that the API server does not have
+            Err(ApiError::Refused(kube::Error::Api(status))) if status.code == 404 => None,
+            found => found.with_context(|| match namespace {
+                Some(namespace) => format!("cannot read {kind} {namespace}/{name}"),
+                None => format!("cannot read {kind} {name}"),
+            })?,
+        };
         found.map(|object| to_value(object, resource)).transpose()
     }
 

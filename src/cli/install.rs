@@ -5,6 +5,8 @@
 use std::{io::IsTerminal as _, time::Duration};
 
 use anyhow::anyhow;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::ApiResource;
 use serde_json::{Value, json};
 
 use super::{
@@ -34,6 +36,9 @@ pub(super) struct Args {
     /// Three replicas that never share a node, instead of two that prefer not to.
     #[arg(long)]
     ha: bool,
+    /// Alerts, scraping and dashboards too: those of manifests/monitoring.yaml. Needs the Prometheus operator.
+    #[arg(long)]
+    monitoring: bool,
     /// Where the three images are pulled from, such as registry.example.com/mesh; without it they must be on the nodes.
     #[arg(long, value_name = "REGISTRY", value_parser = parse_registry)]
     image_registry: Option<String>,
@@ -76,6 +81,9 @@ fn parse_registry(text: &str) -> Result<String, String> {
 
 pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
     let mut objects = rendering::objects(args.ha);
+    if args.monitoring {
+        objects.extend(rendering::monitoring());
+    }
     if let Some(registry) = &args.image_registry {
         rendering::pull_from(registry, &mut objects);
     }
@@ -83,7 +91,10 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
         return cluster::block_on(apply(&args, &objects, terminal));
     }
     let text = match args.output {
-        Format::Yaml if args.image_registry.is_none() => rendering::text(args.ha).to_owned(),
+        Format::Yaml if args.image_registry.is_none() => match args.monitoring {
+            false => rendering::text(args.ha).to_owned(),
+            true => [rendering::text(args.ha), rendering::monitoring_text()].join("---\n"),
+        },
         Format::Yaml => {
             let documents: anyhow::Result<Vec<_>> =
                 objects.iter().map(documents::to_yaml).collect();
@@ -107,6 +118,9 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
 
 async fn apply(args: &Args, objects: &[Value], terminal: &mut Terminal) -> Result<Exit, Failure> {
     let cluster = args.cluster.connect().await?;
+    if args.monitoring {
+        operator(&cluster).await?;
+    }
     for object in objects {
         let name = ObjectName::of(object);
         cluster.apply(&name, object, args.force).await?;
@@ -121,6 +135,22 @@ async fn apply(args: &Args, objects: &[Value], terminal: &mut Terminal) -> Resul
     rollout::finished(&cluster, &deployment, args.timeout).await?;
     terminal.progress("having the API server try a pod");
     verify(&cluster, args.timeout, terminal).await
+}
+
+/// Refuses before anything is applied where the kinds of the monitoring are not known.
+async fn operator(cluster: &Cluster) -> Result<(), Failure> {
+    for name in ["podmonitors", "prometheusrules"] {
+        let crd = ApiResource::erase::<CustomResourceDefinition>(&());
+        let name = format!("{name}.monitoring.coreos.com");
+        let found = cluster.object(&crd, None, &name).await;
+        if found.or_exit(Exit::Unreachable)?.is_none() {
+            return Err(Exit::Refused.because(anyhow!(
+                "there is no CustomResourceDefinition {name}, so nothing was applied; install the Prometheus operator \
+                 first, or leave out --monitoring"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Has the API server try a pod until it gets its sidecar: ready replicas are not reached yet, for the API server and the

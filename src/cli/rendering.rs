@@ -1,6 +1,7 @@
 //! What an installation consists of: the renderings of `manifests/`, which travel with the program.
 //!
-//! `manifests/install.yaml` -> [`objects`] -> what `install` applies, `uninstall` removes and `check` compares with
+//! `manifests/install.yaml`, `monitoring.yaml` -> [`objects`], [`monitoring`] -> what `install` applies, `uninstall`
+//! removes and `check` compares with
 
 use std::fmt;
 
@@ -17,6 +18,16 @@ pub(super) fn text(ha: bool) -> &'static str {
     } else {
         include_str!("../../manifests/install.yaml")
     }
+}
+
+/// What watches it, where the Prometheus operator is; byte for byte as `make manifests` wrote it.
+pub(super) fn monitoring_text() -> &'static str {
+    include_str!("../../manifests/monitoring.yaml")
+}
+
+/// The objects of [`monitoring_text`].
+pub(super) fn monitoring() -> Vec<Value> {
+    serde_saphyr::from_multiple(monitoring_text()).expect("a test reads it")
 }
 
 /// Its objects, in the order in which they are applied: namespace and CRDs first, what calls the control plane last.
@@ -43,7 +54,7 @@ pub(super) fn pull_from(registry: &str, objects: &mut [Value]) {
         let spec = match object["kind"].as_str() {
             Some("Deployment") => object.pointer_mut("/spec/template/spec"),
             Some("CronJob") => object.pointer_mut("/spec/jobTemplate/spec/template/spec"),
-            Some("ConfigMap") => {
+            Some("ConfigMap") if object["metadata"]["name"] == "malha-config" => {
                 object["data"]["injector.yaml"] = injector_settings(registry).into();
                 None
             }

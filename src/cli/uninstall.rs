@@ -55,7 +55,8 @@ pub(super) fn run(args: Args, terminal: &mut Terminal) -> Result<Exit, Failure> 
 async fn uninstall(args: &Args, terminal: &mut Terminal) -> Result<Exit, Failure> {
     let cluster = args.cluster.connect().await?;
     let (mut gone, mut kept) = (Vec::new(), Vec::new());
-    for (step, name) in plan(&rendering::objects(false)) {
+    let all = [rendering::objects(false), rendering::monitoring()].concat();
+    for (step, name) in plan(&all) {
         let goes = match step {
             Step::Unblock => true,
             Step::Remove => !args.emergency,

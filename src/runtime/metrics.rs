@@ -83,9 +83,10 @@ impl Collector for Process {
         gauge(
             "malha_memory_limit_bytes",
             "What the control group grants",
-            fs::read_to_string("/sys/fs/cgroup/memory.max")
-                .ok()
-                .and_then(|limit| limit.trim().parse().ok()),
+            MEMORY_LIMIT.iter().find_map(|file| {
+                let limit = fs::read_to_string(file).ok()?;
+                limit.trim().parse().ok()
+            }),
         )?;
         let mut counter = |name, help, value: f64| {
             let counter = ConstCounter::new(value);
@@ -109,6 +110,12 @@ impl Collector for Process {
         Ok(())
     }
 }
+
+/// Where the kernel tells a control group's limit: version 2 (`max` where there is none), version 1.
+const MEMORY_LIMIT: [&str; 2] = [
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+];
 
 /// A line of `/proc/self/status` such as `VmRSS:      1234 kB`, in bytes.
 fn kib(status: &str, key: &str) -> Option<f64> {

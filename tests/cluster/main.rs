@@ -26,6 +26,7 @@ mod lifecycle;
 mod load;
 mod manifests;
 mod mesh;
+mod monitoring;
 mod node;
 mod operator;
 mod outage;

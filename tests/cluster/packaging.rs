@@ -9,15 +9,36 @@ use serde_json::{Value, json};
 
 use crate::rig::{self, programs::Programs};
 
-/// The rendering, the kustomization behind it, and how `malha install` and the chart are asked for it.
-const FORMS: [(&str, &str, &[&str], &[&str]); 2] = [
-    ("manifests/install.yaml", "manifests/base", &[], &[]),
-    (
-        "manifests/install-ha.yaml",
-        "manifests/overlays/ha",
-        &["--ha"],
-        &["--set", "ha=true"],
-    ),
+/// What an installation consists of, and how it is asked for.
+struct Form {
+    /// Renderings and the kustomizations behind them.
+    renderings: &'static [(&'static str, &'static str)],
+    /// Of `malha install`.
+    flags: &'static [&'static str],
+    /// Of helm.
+    values: &'static [&'static str],
+}
+
+const BASE: (&str, &str) = ("manifests/install.yaml", "manifests/base");
+const HA: (&str, &str) = ("manifests/install-ha.yaml", "manifests/overlays/ha");
+const MONITORING: (&str, &str) = ("manifests/monitoring.yaml", "manifests/monitoring");
+
+const FORMS: [Form; 3] = [
+    Form {
+        renderings: &[BASE],
+        flags: &[],
+        values: &[],
+    },
+    Form {
+        renderings: &[HA],
+        flags: &["--ha"],
+        values: &["--set", "ha=true"],
+    },
+    Form {
+        renderings: &[BASE, MONITORING],
+        flags: &["--monitoring"],
+        values: &["--set", "monitoring=true"],
+    },
 ];
 
 #[test]
@@ -25,19 +46,23 @@ fn every_form_gives_the_same_objects() {
     let Some(programs) = rig::programs_or_skip() else {
         return;
     };
-    for (rendering, kustomization, flags, values) in FORMS {
-        let committed = std::fs::read_to_string(tree(rendering)).expect(rendering);
-        let rendered = kustomize(&programs, kustomization);
-        let (head, rest) = committed.split_once('\n').expect("a line");
-        assert!(head.starts_with("# Written by `make manifests`"), "{head}");
-        assert_eq!(rest, rendered, "{rendering}: run `make manifests`");
-
+    for Form {
+        renderings,
+        flags,
+        values,
+    } in FORMS
+    {
+        let committed = renderings.iter().map(|(rendering, kustomization)| {
+            let committed = std::fs::read_to_string(tree(rendering)).expect(rendering);
+            let rendered = kustomize(&programs, kustomization);
+            let (head, rest) = committed.split_once('\n').expect("a line");
+            assert!(head.starts_with("# Written by `make manifests`"), "{head}");
+            assert_eq!(rest, rendered, "{rendering}: run `make manifests`");
+            committed
+        });
+        let committed = committed.collect::<Vec<_>>().join("---\n");
         let wanted = comparable(&committed);
-        assert!(
-            wanted.len() > 20,
-            "{rendering} holds {} objects",
-            wanted.len()
-        );
+        assert!(wanted.len() > 20, "{flags:?}: {} objects", wanted.len());
         assert_eq!(malha(&[flags, &["-o", "yaml"]].concat()), committed);
         let list: Value =
             serde_json::from_str(&malha(&[flags, &["-o", "json"]].concat())).expect("JSON");
@@ -105,6 +130,13 @@ fn each_value_of_the_chart_arrives_and_others_are_refused() {
             "image": { "proxy": "registry.example.com/malha-proxy:1" }, "proxy": { "logLevel": "info" },
         })
     );
+    let mut lint = Command::new(programs.path("helm"));
+    let linted = output(
+        lint.arg("lint")
+            .arg("--strict")
+            .arg(tree("manifests/chart")),
+    );
+    assert!(linted.is_ok(), "{linted:?}");
     for wrong in ["replicas=3", "images.envoy=x", "config.other=1", "ha=yes"] {
         let refused = set(&[wrong]).expect_err(wrong);
         assert!(

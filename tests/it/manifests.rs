@@ -131,6 +131,21 @@ fn the_crds_are_what_make_crds_writes() {
     assert_eq!(written, made, "run `make crds`");
 }
 
+#[path = "../../manifests/monitoring/dashboards.rs"]
+mod dashboards;
+
+#[test]
+fn the_dashboards_are_what_make_dashboards_writes() {
+    let kustomization = read("manifests/monitoring/kustomization.yaml");
+    for dashboard in &dashboards::DASHBOARDS {
+        let file = format!("dashboards/{}.json", dashboard.name);
+        let written = read(&format!("manifests/monitoring/{file}"));
+        let made = dashboards::to_text(dashboard);
+        assert_eq!(written, made, "run `make dashboards`");
+        assert!(kustomization.contains(&file), "{file} is installed");
+    }
+}
+
 #[test]
 fn nobody_is_granted_more_than_is_called() {
     for role in ["ClusterRole", "Role"].into_iter().flat_map(all_of) {
@@ -373,13 +388,14 @@ fn all_of(kind: &str) -> Vec<Value> {
     all.filter(|object| object["kind"] == kind).collect()
 }
 
-/// Every object below a directory with its file; kustomizations, the injector's defaults and the chart are none.
+/// Every object below a directory with its file; kustomizations, the injector's defaults, the chart and dashboards are none.
 fn objects(directory: &str) -> Vec<(String, Value)> {
     let mut all = Vec::new();
     for (file, text) in files(directory) {
         if file.ends_with("kustomization.yaml")
             || file.contains("/defaults/")
             || file.contains("/chart/")
+            || file.contains("/dashboards/")
         {
             continue;
         }
