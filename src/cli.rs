@@ -11,6 +11,7 @@ mod check;
 mod cluster;
 mod completions;
 mod config;
+mod doc;
 mod documents;
 mod edges;
 mod exit;
@@ -86,6 +87,7 @@ enum Verb {
     Cert(cert::Args),
     Ca(ca::Args),
     Token(token::Args),
+    Doc(doc::Args),
     Completions(completions::Args),
 }
 
@@ -108,6 +110,7 @@ impl Verb {
             Self::Cert(args) => cert::run(args, terminal),
             Self::Ca(args) => ca::run(args, terminal),
             Self::Token(args) => token::run(args, terminal),
+            Self::Doc(args) => doc::run(args, terminal),
             Self::Completions(args) => completions::run(args, terminal),
         }
     }

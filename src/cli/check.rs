@@ -4,6 +4,7 @@
 
 pub(super) mod admission;
 mod facts;
+pub(super) mod issuance;
 mod look;
 mod verdict;
 
@@ -12,6 +13,9 @@ use std::{fmt::Write as _, time::Duration};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
+pub(super) use self::look::bundle as trusted_by_the_journal;
+#[cfg(test)]
+pub(super) use self::verdict::IDS;
 use self::verdict::{Finding, verdicts};
 use super::{
     Exit, Failure, Terminal,
@@ -23,7 +27,8 @@ use crate::config::parse_duration;
 /// Check the cluster before the install (--pre), and the installation after it.
 ///
 /// Each line has an id that stays the same between versions, and what is not in order says how to put it right. A pod is
-/// tried by the API server in a dry run, of which nothing is stored.
+/// tried by the API server in a dry run, of which nothing is stored, and a certificate is issued, of which the key is
+/// forgotten. `malha doc ID` says more about each.
 ///
 /// Exit codes: 0; 1 where something is wrong; 2 with --strict where something is worth knowing; 69 where the cluster does
 /// not answer.
@@ -105,7 +110,7 @@ fn to_text(findings: &[Finding], terminal: &Terminal) -> String {
     {
         let _ = writeln!(text, "{} {id}: {said}", terminal.mark(*mark));
         if !hint.is_empty() {
-            let _ = writeln!(text, "    {hint}");
+            let _ = writeln!(text, "    {hint} (malha doc {id})");
         }
     }
     text
@@ -120,7 +125,10 @@ fn to_json(findings: &[Finding]) -> Value {
                 Mark::Warn => "warn",
                 Mark::Fail => "fail",
             };
-            json!({ "id": finding.id, "state": state, "text": finding.text, "hint": finding.hint })
+            json!({
+                "id": finding.id, "state": state, "text": finding.text, "hint": finding.hint,
+                "doc": format!("docs/codes.md#{}", finding.id),
+            })
         })
         .collect();
     json!({ "apiVersion": "malha/v1", "kind": "CheckReport", "items": items })

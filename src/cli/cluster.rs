@@ -5,6 +5,7 @@
 //! Port 15016 listens on loopback only, so it is reached by port-forward; whoever may not forward ports of the control
 //! plane's pods is told so by the API server.
 
+mod forward;
 mod loopback;
 mod questions;
 mod writes;
@@ -22,7 +23,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::{io::AsyncReadExt as _, net::TcpStream, time::timeout};
 
-use self::loopback::get;
+use self::loopback::{exchange, request};
 use super::{Exit, Failure, exit::OrExit as _};
 use crate::{
     inject::capture::AGENT_PORT,
@@ -222,27 +223,14 @@ impl Cluster {
         port: u16,
         path: &str,
     ) -> anyhow::Result<(u16, Vec<u8>)> {
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
-        let ports = [port];
-        let mut forward = ask(api.portforward(&pod.name, &ports))
-            .await
-            .with_context(|| format!("cannot forward port {port} of pod {pod}"))?;
-        let stream = forward
-            .take_stream(port)
-            .context("the port-forward has no stream")?;
-        let fault = forward.take_error(port);
-        let answer = timeout(PATIENCE, get(stream, path)).await;
-        let answer = answer.unwrap_or_else(|_| Err(anyhow!("no answer within {PATIENCE:?}")));
-        forward.abort();
-        // The kubelet's words ("connection refused") say more than an end of the stream.
-        let told = match (&answer, fault) {
-            (Err(_), Some(fault)) => timeout(Duration::from_millis(200), fault).await.ok(),
-            _ => None,
-        };
-        match told.flatten() {
-            Some(told) => Err(anyhow!("port {port} of pod {pod}: {}", told.trim())),
-            None => answer.with_context(|| format!("port {port} of pod {pod}")),
-        }
+        let request = request(path)?;
+        self.forward(pod, port).await?.exchange(None, request).await
+    }
+
+    /// The control plane's pods in `namespace`, ready or not.
+    pub(super) async fn replicas(&self, namespace: &str) -> anyhow::Result<Vec<Pod>> {
+        let which = ListParams::default().labels(CONTROL_PLANE);
+        self.list("pods", Some(namespace), &which).await
     }
 
     /// The metrics of a pod's agent, through the API server's proxy.
@@ -324,6 +312,25 @@ async fn ask<T>(question: impl Future<Output = kube::Result<T>>) -> Result<T, Ap
     }
 }
 
+/// Gives the error of a question to the API server the code that a verb ends with: [`Exit::Refused`] where it answered
+/// that this may not be, [`Exit::Unreachable`] where it did not answer.
+pub(super) trait Answered<T> {
+    /// `result`, or a [`Failure`] with its code.
+    fn answered(self) -> Result<T, Failure>;
+}
+
+impl<T> Answered<T> for anyhow::Result<T> {
+    fn answered(self) -> Result<T, Failure> {
+        self.map_err(|error| {
+            let exit = match error.downcast_ref() {
+                Some(ApiError::Refused(kube::Error::Api(_))) => Exit::Refused,
+                _ => Exit::Unreachable,
+            };
+            exit.because(error)
+        })
+    }
+}
+
 /// A pod by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PodName {
@@ -402,9 +409,8 @@ impl<'a> ControlPlane<'a> {
     /// # Errors
     /// [`Exit::Unreachable`] where there is none.
     pub(super) async fn find(cluster: &'a Cluster, namespace: &str) -> Result<Self, Failure> {
-        let which = ListParams::default().labels(CONTROL_PLANE);
-        let pods: Vec<Pod> = cluster
-            .list("pods", Some(namespace), &which)
+        let pods = cluster
+            .replicas(namespace)
             .await
             .or_exit(Exit::Unreachable)?;
         let ready: Vec<_> = pods
@@ -457,10 +463,11 @@ async fn ask_address(address: &str, path: &str) -> anyhow::Result<(u16, Vec<u8>)
     let stream = TcpStream::connect(address)
         .await
         .with_context(|| format!("cannot connect to {address}"))?;
-    get(stream, path).await
+    exchange(stream, request(path)?).await
 }
 
-fn is_ready(pod: &Pod) -> bool {
+/// Whether a pod is ready and is not going away.
+pub(super) fn is_ready(pod: &Pod) -> bool {
     let conditions = pod
         .status
         .iter()

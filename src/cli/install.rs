@@ -1,18 +1,22 @@
 //! `malha install`: the manifests that travel with the program, printed or applied.
 //!
-//! [`rendering`] -> text; with --apply -> server-side apply -> the Deployment ready -> a pod in a dry run
+//! [`rendering`] -> text; with --apply -> server-side apply -> the Deployment ready -> a pod in a dry run, a certificate
 
 use std::{io::IsTerminal as _, time::Duration};
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::ApiResource;
 use serde_json::{Value, json};
 
 use super::{
     Exit, Failure, Terminal,
-    check::admission,
-    cluster::{self, Cluster, ClusterArgs},
+    check::{
+        admission,
+        issuance::{Issuance, try_a_certificate},
+        trusted_by_the_journal,
+    },
+    cluster::{self, Answered as _, Cluster, ClusterArgs},
     documents,
     exit::OrExit as _,
     rendering::{self, ObjectName},
@@ -24,11 +28,11 @@ use crate::config::parse_duration;
 /// Install the control plane: print what would be applied, or apply it.
 ///
 /// The objects are those of manifests/install.yaml of this version. --apply needs the rights of a cluster administrator:
-/// it applies them server-side under its own field manager, waits until the control plane is ready, and then has the API
-/// server try a pod (a dry run, nothing is stored). Applying again upgrades in place.
+/// it applies them server-side under its own field manager, waits until the control plane is ready, has the API server try
+/// a pod (a dry run, nothing is stored) and the authority issue a certificate. Applying again upgrades in place.
 ///
-/// Exit codes: 0; 1 where an object was refused, the control plane did not become ready, or the pod got no sidecar; 69
-/// where the cluster does not answer.
+/// Exit codes: 0; 1 where an object was refused, the control plane did not become ready, the pod got no sidecar, or no
+/// certificate was issued; 69 where the cluster does not answer.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
@@ -143,7 +147,7 @@ async fn operator(cluster: &Cluster) -> Result<(), Failure> {
         let crd = ApiResource::erase::<CustomResourceDefinition>(&());
         let name = format!("{name}.monitoring.coreos.com");
         let found = cluster.object(&crd, None, &name).await;
-        if found.or_exit(Exit::Unreachable)?.is_none() {
+        if found.answered()?.is_none() {
             return Err(Exit::Refused.because(anyhow!(
                 "there is no CustomResourceDefinition {name}, so nothing was applied; install the Prometheus operator \
                  first, or leave out --monitoring"
@@ -153,31 +157,42 @@ async fn operator(cluster: &Cluster) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Has the API server try a pod until it gets its sidecar: ready replicas are not reached yet, for the API server and the
-/// nodes hear of them a moment later.
+/// Has the API server try a pod until it gets its sidecar, for ready replicas are not reached yet: the API server and the
+/// nodes hear of them a moment later. Then a certificate.
 async fn verify(
     cluster: &Cluster,
     patience: Duration,
     terminal: &mut Terminal,
 ) -> Result<Exit, Failure> {
-    let tried = cluster
+    let closer = |failure: Failure| {
+        let error = anyhow!("{:#}; `malha check` looks closer", failure.error);
+        failure.exit.because(error)
+    };
+    cluster
         .until("a pod in a dry run", patience, || async {
-            let outcome = admission::try_a_pod(cluster).await?;
-            Ok(outcome.fault())
+            Ok(admission::try_a_pod(cluster).await?.fault())
         })
-        .await;
-    match tried {
-        Ok(()) => {
-            let mark = terminal.mark(Mark::Pass);
-            terminal.note(&format!(
-                "{mark} a pod in a dry run got its sidecar; `malha mesh NAMESPACE --restart` brings a namespace in"
-            ));
-            Ok(Exit::Done)
-        }
-        Err(failure) => Err(failure
-            .exit
-            .because(anyhow!("{:#}; `malha check` looks closer", failure.error))),
-    }
+        .await
+        .map_err(closer)?;
+    let mark = terminal.mark(Mark::Pass);
+    terminal.note(&format!("{mark} a pod in a dry run got its sidecar"));
+    terminal.progress("having the authority issue a certificate");
+    cluster
+        .until("a certificate", patience, || async {
+            let bundle = trusted_by_the_journal(cluster).await?;
+            let bundle = bundle.context("there is no authority yet")?;
+            Ok(match try_a_certificate(cluster, &bundle).await? {
+                Issuance::Issued(_) => None,
+                Issuance::NobodyAsked => Some("no replica is ready".to_owned()),
+                Issuance::Refused(why) => Some(why),
+            })
+        })
+        .await
+        .map_err(closer)?;
+    terminal.note(&format!(
+        "{mark} the authority issued a certificate; `malha mesh NAMESPACE --restart` brings a namespace in"
+    ));
+    Ok(Exit::Done)
 }
 
 #[cfg(test)]

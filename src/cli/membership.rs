@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{
     Exit, Failure, Terminal,
-    cluster::{self, Cluster, ClusterArgs, has_sidecar},
+    cluster::{self, Answered as _, Cluster, ClusterArgs, has_sidecar, is_ready},
     exit::OrExit as _,
     mesh::namespace_facts,
     rendering::ObjectName,
@@ -33,7 +33,8 @@ use crate::{
 
 /// Bring a namespace into the mesh: label it istio-injection=enabled.
 ///
-/// Pods get their sidecar when they are made; --restart rolls the workloads over whose pods have none yet, and waits.
+/// Pods get their sidecar when they are made: those that have none yet are named, and --restart rolls their workloads over
+/// and waits. `malha explain pod/NAME` says why one gets none.
 ///
 /// Exit codes: 0; 1 where it was refused or a workload did not become ready; 65 where there is no such namespace; 69 where
 /// the cluster does not answer.
@@ -104,7 +105,7 @@ async fn go(way: Way, args: &Args, terminal: &mut Terminal) -> Result<Exit, Fail
     let name = &args.namespace;
     let resource = ApiResource::erase::<Namespace>(&());
     let found = cluster.object(&resource, None, name).await;
-    let found = found.or_exit(Exit::Unreachable)?.ok_or_else(|| {
+    let found = found.answered()?.ok_or_else(|| {
         Exit::BadInput.because(anyhow!(
             "there is no namespace {name}; `kubectl get namespaces` lists all"
         ))
@@ -123,7 +124,7 @@ async fn go(way: Way, args: &Args, terminal: &mut Terminal) -> Result<Exit, Fail
     }
     let plan = Plan::of(&workloads(&cluster, name).await?, &after);
     if args.restart && !args.dry_run {
-        for row in plan.rows.iter().filter(|row| row.wrong > 0) {
+        for row in plan.rows.iter().filter(|row| !row.wrong.is_empty()) {
             if let Some(workload) = &row.workload {
                 restart(&cluster, workload, args.timeout, terminal).await?;
             }
@@ -192,10 +193,7 @@ async fn workloads(cluster: &Cluster, namespace: &str) -> Result<Vec<Owned>, Fai
         cluster.pods(Some(namespace)),
         cluster.objects(&sets, Some(namespace))
     );
-    let (pods, sets) = (
-        pods.or_exit(Exit::Unreachable)?,
-        sets.or_exit(Exit::Unreachable)?,
-    );
+    let (pods, sets) = (pods.answered()?, sets.answered()?);
     let lives = |pod: &Pod| {
         let phase = pod
             .status
@@ -260,19 +258,22 @@ struct Row {
     /// `None`: nobody makes it anew but its author.
     workload: Option<ObjectName>,
     pods: usize,
+    /// Pods that are ready, their sidecar included.
+    ready: usize,
     /// Pods with a sidecar.
     meshed: usize,
-    /// Pods that would be made otherwise today.
-    wrong: usize,
+    /// Names of the pods that would be made otherwise today.
+    wrong: Vec<String>,
 }
 
 impl Plan {
     fn of(pods: &[Owned], namespace: &NamespaceFacts) -> Self {
         let mut rows: Vec<Row> = Vec::new();
         for Owned { pod, workload } in pods {
+            let pod_name = pod.metadata.name.as_deref().unwrap_or_default();
             let name = match workload {
                 Some(workload) => workload.as_kubectl(),
-                None => format!("pod/{}", pod.metadata.name.as_deref().unwrap_or_default()),
+                None => format!("pod/{pod_name}"),
             };
             let index = rows.iter().position(|row| row.name == name);
             let index = index.unwrap_or_else(|| {
@@ -280,32 +281,40 @@ impl Plan {
                     name,
                     workload: workload.clone(),
                     pods: 0,
+                    ready: 0,
                     meshed: 0,
-                    wrong: 0,
+                    wrong: Vec::new(),
                 });
                 rows.len() - 1
             });
             let row = &mut rows[index];
             let has = has_sidecar(pod);
             row.pods += 1;
+            row.ready += usize::from(is_ready(pod));
             row.meshed += usize::from(has);
-            row.wrong += usize::from(has != would_have(pod, namespace));
+            if has != would_have(pod, namespace) {
+                row.wrong.push(pod_name.to_owned());
+            }
         }
         rows.sort_by(|a, b| a.name.cmp(&b.name));
         Self { rows }
     }
 
     fn to_text(&self) -> String {
-        let head = ["WORKLOAD", "PODS", "WITH SIDECAR", "TO RESTART"].map(str::to_owned);
+        let head = ["WORKLOAD", "PODS", "READY", "WITH SIDECAR", "TO RESTART"].map(str::to_owned);
         let rows = self.rows.iter().map(|row| {
-            let restart = match (row.wrong, &row.workload) {
-                (0, _) => "-".to_owned(),
-                (wrong, Some(_)) => wrong.to_string(),
-                (wrong, None) => format!("{wrong} (by hand)"),
+            let restart = match (row.wrong.as_slice(), &row.workload) {
+                ([], _) => "-".to_owned(),
+                (wrong, Some(_)) if wrong.len() > 3 => {
+                    format!("{} and {} more", wrong[..2].join(", "), wrong.len() - 2)
+                }
+                (wrong, Some(_)) => wrong.join(", "),
+                (_, None) => "by hand".to_owned(),
             };
             vec![
                 row.name.clone(),
                 row.pods.to_string(),
+                row.ready.to_string(),
                 row.meshed.to_string(),
                 restart,
             ]
@@ -322,7 +331,7 @@ impl Plan {
         let (pods, meshed, wrong) = (
             sum(|row| row.pods),
             sum(|row| row.meshed),
-            sum(|row| row.wrong),
+            sum(|row| row.wrong.len()),
         );
         let mut text = format!("{meshed}/{pods} pods have a sidecar");
         match (wrong, way) {
@@ -343,8 +352,8 @@ impl Plan {
             .iter()
             .map(|row| {
                 json!({
-                    "name": row.name, "pods": row.pods, "withSidecar": row.meshed, "toRestart": row.wrong,
-                    "restartable": row.workload.is_some(),
+                    "name": row.name, "pods": row.pods, "ready": row.ready, "withSidecar": row.meshed,
+                    "toRestart": row.wrong, "restartable": row.workload.is_some(),
                 })
             })
             .collect();
@@ -434,14 +443,17 @@ mod tests {
 
     #[test]
     fn what_must_be_made_anew_is_told_by_workload() {
-        let owned = |name: &str, workload: bool, sidecar: bool, labels: Value| Owned {
+        let owned = |name: &str, workload: bool, sidecar: bool, labels: Value| {
+            Owned {
             pod: serde_json::from_value(json!({
                 "metadata": { "name": name, "labels": labels },
                 "spec": { "containers": [{ "name": if sidecar { "malha-proxy" } else { "app" } }] },
+                "status": { "conditions": [{ "type": "Ready", "status": if name == "web-1" { "False" } else { "True" } }] },
             }))
             .expect("a pod"),
             workload: workload
                 .then(|| ObjectName::new(("apps", "v1", "Deployment"), Some("shop"), "web")),
+        }
         };
         let pods = [
             owned("web-1", true, true, json!({})),
@@ -458,10 +470,10 @@ mod tests {
         assert_eq!(
             plan.to_text(),
             "\
-WORKLOAD              PODS   WITH SIDECAR   TO RESTART
-deployment.apps/web   2      1              1
-pod/debug             1      0              1 (by hand)
-pod/out               1      0              -
+WORKLOAD              PODS   READY   WITH SIDECAR   TO RESTART
+deployment.apps/web   2      1       1              web-2
+pod/debug             1      1       0              by hand
+pod/out               1      1       0              -
 "
         );
         assert!(

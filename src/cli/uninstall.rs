@@ -6,12 +6,11 @@ use std::fmt::Write as _;
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{ApiResource, ListParams};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     Exit, Failure, Terminal,
-    cluster::{self, Cluster, ClusterArgs, PodName, has_sidecar},
-    exit::OrExit as _,
+    cluster::{self, Answered as _, Cluster, ClusterArgs, PodName, has_sidecar},
     rendering::{self, NAMESPACE, ObjectName},
 };
 
@@ -35,6 +34,17 @@ pub(super) struct Args {
     /// Delete it; what was deleted is the result.
     #[arg(long)]
     apply: bool,
+    /// How the result is written.
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// One line an object, as it is deleted.
+    Table,
+    /// One object.
+    Json,
 }
 
 /// What an uninstall does with an object.
@@ -67,24 +77,55 @@ async fn uninstall(args: &Args, terminal: &mut Terminal) -> Result<Exit, Failure
         }
         let (kind, namespace) = (&name.resource, name.namespace.as_deref());
         let found = cluster.object(kind, namespace, &name.name).await;
-        if found.or_exit(Exit::Unreachable)?.is_some() {
+        if found.answered()?.is_some() {
             if goes { &mut gone } else { &mut kept }.push(name);
         }
     }
     if args.purge {
-        gone.extend(trust_bundles(&cluster).await.or_exit(Exit::Unreachable)?);
+        gone.extend(trust_bundles(&cluster).await.answered()?);
     }
     for name in &gone {
         if args.apply {
             cluster.delete(name).await?;
         }
-        terminal.result(&format!("{name}\n"))?;
+        if args.output == Format::Table {
+            terminal.result(&format!("{name}\n"))?;
+        }
+    }
+    let carrying = match args.emergency {
+        true => Vec::new(),
+        false => sidecars(&cluster).await?,
+    };
+    if args.output == Format::Json {
+        let text = to_json(args.apply, &gone, &kept, &carrying);
+        terminal.result(&format!("{text:#}\n"))?;
+        return Ok(Exit::Done);
     }
     terminal.note(&summary(args, gone.len(), &kept));
-    if !args.emergency {
-        sidecars(&cluster, terminal).await?;
+    if !carrying.is_empty() {
+        terminal.note(&format!(
+            "{} pods still carry sidecars, whose certificates nobody renews now; `malha unmesh NAMESPACE --restart` takes them out:",
+            carrying.len()
+        ));
+    }
+    for pod in carrying {
+        terminal.note(&format!("  {pod}"));
     }
     Ok(Exit::Done)
+}
+
+fn to_json(applied: bool, gone: &[ObjectName], kept: &[ObjectName], carrying: &[PodName]) -> Value {
+    let names = |objects: &[ObjectName]| -> Vec<_> {
+        let names = objects.iter().map(
+            |it| json!({ "kind": it.resource.kind, "namespace": it.namespace, "name": it.name }),
+        );
+        names.collect()
+    };
+    let carrying: Vec<_> = carrying.iter().map(ToString::to_string).collect();
+    json!({
+        "apiVersion": "malha/v1", "kind": "Uninstall", "applied": applied,
+        "deleted": names(gone), "kept": names(kept), "podsWithSidecar": carrying,
+    })
 }
 
 /// All that an installation may have left, in the order in which it is deleted.
@@ -151,25 +192,11 @@ fn summary(args: &Args, gone: usize, kept: &[ObjectName]) -> String {
     text
 }
 
-/// Says which pods still carry a sidecar, for their certificates will end.
-async fn sidecars(cluster: &Cluster, terminal: &mut Terminal) -> Result<(), Failure> {
-    let pods = cluster.pods(None).await.or_exit(Exit::Unreachable)?;
-    let carrying: Vec<_> = pods
-        .iter()
-        .filter(|pod| has_sidecar(pod))
-        .map(PodName::of)
-        .collect();
-    if carrying.is_empty() {
-        return Ok(());
-    }
-    terminal.note(&format!(
-        "{} pods still carry sidecars, whose certificates nobody renews now; `malha unmesh NAMESPACE --restart` takes them out:",
-        carrying.len()
-    ));
-    for pod in carrying {
-        terminal.note(&format!("  {pod}"));
-    }
-    Ok(())
+/// The pods that still carry a sidecar, for their certificates will end.
+async fn sidecars(cluster: &Cluster) -> Result<Vec<PodName>, Failure> {
+    let pods = cluster.pods(None).await.answered()?;
+    let carrying = pods.iter().filter(|pod| has_sidecar(pod));
+    Ok(carrying.map(PodName::of).collect())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::SignedDuration;
 use serde_json::Value;
 
-use super::admission::Tried;
+use super::{admission::Tried, issuance::Issuance};
 use crate::{ca::bundle::Bundle, inject::NamespaceFacts};
 
 /// Something that was looked at, or why it could not be.
@@ -45,4 +45,6 @@ pub(super) struct Installed {
     pub(super) guards: Looked<Vec<Value>>,
     /// A pod in a dry run.
     pub(super) tried: Looked<Tried>,
+    /// A certificate that was asked for, where there is an authority.
+    pub(super) issued: Looked<Issuance>,
 }

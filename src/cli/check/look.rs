@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::{
     admission::try_a_pod,
     facts::{Facts, Installed, Looked},
+    issuance::{Issuance, try_a_certificate},
 };
 use crate::{
     ca::{bundle::Bundle, journal::JournalHome as _},
@@ -124,6 +125,10 @@ async fn installed(cluster: &Cluster) -> anyhow::Result<Option<Installed>> {
         fact(guards(cluster)),
         fact(try_a_pod(cluster)),
     );
+    let issued = match &bundle {
+        Ok(Some(bundle)) => fact(try_a_certificate(cluster, bundle)).await,
+        _ => Ok(Issuance::NobodyAsked),
+    };
     Ok(Some(Installed {
         deployment,
         pods,
@@ -132,6 +137,7 @@ async fn installed(cluster: &Cluster) -> anyhow::Result<Option<Installed>> {
         bundle,
         guards,
         tried,
+        issued,
     }))
 }
 
@@ -162,8 +168,11 @@ async fn trusted(cluster: &Cluster) -> anyhow::Result<BTreeMap<String, String>> 
         .collect())
 }
 
-/// What the authority's journal trusts.
-async fn bundle(cluster: &Cluster) -> anyhow::Result<Option<Bundle>> {
+/// What the authority's journal trusts; `None` where there is no journal.
+///
+/// # Errors
+/// It cannot be read.
+pub(in crate::cli) async fn bundle(cluster: &Cluster) -> anyhow::Result<Option<Bundle>> {
     let home = ca::secret_home(cluster.client(), NAMESPACE);
     let stored = home.load().await.context("the authority's journal")?;
     Ok(stored.map(|stored| stored.journal.bundle()))

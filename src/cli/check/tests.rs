@@ -77,6 +77,11 @@ fn sound() -> Facts {
                 namespace: "shop".to_owned(),
                 outcome: Outcome::Injected,
             }),
+            issued: Ok(Issuance::Issued(
+                "spiffe://cluster.local/ns/malha-system/sa/malha"
+                    .parse()
+                    .expect("an identity"),
+            )),
         }))),
     }
 }
@@ -134,7 +139,8 @@ fn a_sound_installation_passes_and_every_line_has_its_own_id() {
             "webhooks",
             "admission-policy",
             "ca-bundle",
-            "admission"
+            "admission",
+            "issuance"
         ],
         "ids are a promise to scripts"
     );
@@ -184,6 +190,23 @@ fn every_planted_fault_is_named_with_its_id_and_the_way_out() {
             ("clock", Fail),
             "3600 s ahead",
             "NTP",
+        ),
+        case(
+            "an authority that refuses",
+            |facts| {
+                let words = "TokenExpired: the token expired".to_owned();
+                installed(facts).issued = Ok(Issuance::Refused(words));
+            },
+            ("issuance", Fail),
+            "TokenExpired",
+            "malha doc",
+        ),
+        case(
+            "no right to have a token made",
+            |facts| installed(facts).issued = Err("forbidden".to_owned()),
+            ("issuance", Warn),
+            "forbidden",
+            "rights",
         ),
         case(
             "a right that is missing",

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::{
     admission::{Outcome, Tried},
     facts::{Facts, Installed, Looked},
+    issuance::Issuance,
 };
 use crate::{
     ca::{bundle::Bundle, rotation::CLOCK_TOLERANCE},
@@ -28,6 +29,25 @@ use crate::{
 const OLDEST_MINOR: u32 = 33;
 /// From here on a difference of clocks is worth knowing; beyond [`CLOCK_TOLERANCE`] certificates are not believed.
 const NOTABLE_SKEW: Duration = Duration::from_secs(30);
+
+/// Every id there is. Each has its section in docs/codes.md.
+#[cfg(test)]
+pub(in crate::cli) const IDS: [&str; 14] = [
+    "api-version",
+    "clock",
+    "rights",
+    "crds",
+    "foreign-webhooks",
+    "installed",
+    "control-plane",
+    "authority",
+    "trust-bundles",
+    "webhooks",
+    "admission-policy",
+    "ca-bundle",
+    "admission",
+    "issuance",
+];
 
 /// One line of the result.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +78,8 @@ fn finding(
     text: impl Into<String>,
     hint: impl Into<String>,
 ) -> Finding {
+    #[cfg(test)]
+    assert!(IDS.contains(&id), "{id}");
     let (text, hint) = (text.into(), hint.into());
     Finding {
         id,
@@ -303,6 +325,7 @@ fn after(found: &Installed) -> Vec<Finding> {
     all.extend(looked("admission", &found.tried, |tried| {
         vec![admission(tried)]
     }));
+    all.extend(looked("issuance", &found.issued, issuance));
     all
 }
 
@@ -570,6 +593,22 @@ fn admission(tried: &Tried) -> Finding {
         );
     };
     fail(id, fault, way_out(&tried.outcome))
+}
+
+/// Nothing where nobody was asked: another id says why.
+fn issuance(issued: &Issuance) -> Vec<Finding> {
+    let id = "issuance";
+    match issued {
+        Issuance::NobodyAsked => Vec::new(),
+        Issuance::Issued(identity) => {
+            vec![pass(id, format!("a certificate was issued for {identity}"))]
+        }
+        Issuance::Refused(why) => vec![fail(
+            id,
+            format!("no certificate is issued: {why}"),
+            "a code in the text is explained by `malha doc CODE`; else see control-plane, and the log of its pods",
+        )],
+    }
 }
 
 fn way_out(outcome: &Outcome) -> &'static str {

@@ -2,7 +2,12 @@
 
 use std::{future::Future, time::Duration};
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
+use k8s_openapi::api::{
+    authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+    core::v1::{Pod, ServiceAccount},
+};
+use kube::Api;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
@@ -32,13 +37,12 @@ impl Cluster {
         params.force = force;
         let api = self.dynamic(&name.resource, name.namespace.as_deref());
         let patch = Patch::Apply(object);
-        written(
-            ask(api.patch(&name.name, &params, &patch)).await,
-            || match force {
-                true => format!("{name} was not applied"),
-                false => format!("{name} was not applied (--force takes over what others manage)"),
-            },
-        )
+        let answer = ask(api.patch(&name.name, &params, &patch)).await;
+        let disputed = matches!(&answer, Err(ApiError::Refused(kube::Error::Api(status))) if status.code == 409);
+        written(answer, || match disputed {
+            true => format!("{name} was not applied (--force takes over what others manage)"),
+            false => format!("{name} was not applied"),
+        })
         .map(drop)
     }
 
@@ -93,6 +97,42 @@ impl Cluster {
             .map_err(|_| ApiError::Silent(DRY_RUN_PATIENCE))?
             .map_err(ApiError::Refused)?;
         Ok(to_value(stored, resource).unwrap_or_else(|_| json!({})))
+    }
+
+    /// A token of a pod's service account, bound to the pod, for ten minutes: the shortest that there is.
+    ///
+    /// # Errors
+    /// The API server refuses, or does not answer.
+    pub(in crate::cli) async fn token_of(
+        &self,
+        pod: &Pod,
+        audience: &str,
+    ) -> anyhow::Result<String> {
+        let spec = pod.spec.as_ref();
+        let account = spec.and_then(|spec| spec.service_account_name.as_deref());
+        let account = account.unwrap_or("default");
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                audiences: vec![audience.to_owned()],
+                expiration_seconds: Some(600),
+                bound_object_ref: Some(BoundObjectReference {
+                    api_version: Some("v1".to_owned()),
+                    kind: Some("Pod".to_owned()),
+                    name: pod.metadata.name.clone(),
+                    uid: pod.metadata.uid.clone(),
+                }),
+            },
+            ..TokenRequest::default()
+        };
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), namespace);
+        let how = PostParams::default();
+        let answer = ask(accounts.create_token_request(account, &how, &request)).await;
+        let answer = answer.with_context(|| {
+            format!("cannot have a token made for service account {namespace}/{account}")
+        })?;
+        let status = answer.status.context("a token request without an answer")?;
+        Ok(status.token)
     }
 
     /// Asks again until `look` finds nothing left to wait for; its last word otherwise.
