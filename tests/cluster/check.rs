@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::monitoring;
 use crate::rig::outside::{self, ControlPlane};
-use crate::rig::{self, Cluster, Setup, eventually, run};
+use crate::rig::{self, Cluster, Setup, eventually, http_get, run};
 
 /// How long a change may take to reach the API server's own admission, on busy cores.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -245,6 +246,24 @@ async fn after_the_install_each_planted_fault_is_found_with_the_way_out() {
     let replica = plane.replicas()[0].process();
     replica.pause().expect("it runs");
     found(&cluster, &[], "admission", "fail", &shop, "TCP 15017").await;
+    // The API server counts that, and in the names that the alerts ask for; advice fails open.
+    let create = [
+        "create",
+        "deployment",
+        "web",
+        "--image=example.com/app:1",
+        "-n",
+        &shop,
+    ];
+    kubectl(&cluster, &create, None).await;
+    let metrics = cluster
+        .client()
+        .await
+        .request_text(http_get("/metrics"))
+        .await;
+    let metrics = [metrics.expect("metrics of the API server")];
+    let missing = monitoring::missing(&metrics, |name| name.starts_with("apiserver_"));
+    assert_eq!(missing, [""; 0]);
 
     let bundle = serde_json::to_string(&k8s_openapi::ByteString(cluster.certificate_authority()));
     let bundle = bundle.expect("text");

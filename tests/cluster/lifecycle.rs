@@ -1,12 +1,15 @@
 //! `malha install`, `mesh`, `unmesh` and `uninstall` on a real API server, and on a real node an upgrade under load.
 
 use std::process::Output;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, api::PostParams};
 use serde_json::{Value, json};
 
-use crate::node;
-use crate::rig::{Cluster, Setup, eventually, run};
+use crate::rig::{Cluster, Setup, eventually, http_get, run};
+use crate::{monitoring, node};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -49,6 +52,10 @@ async fn what_is_installed_is_applied_server_side_and_taken_away_in_an_order_tha
         said.contains("the rollout of Deployment malha-system/malha: not within 1 s"),
         "{said}"
     );
+    assert!(
+        !said.contains("waiting for the control plane"),
+        "progress is for terminals: {said}"
+    );
     let names = operator.malha(&["install", "-o", "name"]).await;
     assert_eq!(applied, text(&names.stdout), "{said}");
     let manager = operator
@@ -89,6 +96,37 @@ async fn what_is_installed_is_applied_server_side_and_taken_away_in_an_order_tha
         "{forced:?}"
     );
 
+    // Without the operator's kinds nothing is half applied.
+    let monitored = [&install[..], &["--monitoring"]].concat();
+    let output = operator.malha(&monitored).await;
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("podmonitors.monitoring.coreos.com") && output.stdout.is_empty(),
+        "{output:?}"
+    );
+    for (kind, plural) in [
+        ("PodMonitor", "podmonitors"),
+        ("PrometheusRule", "prometheusrules"),
+    ] {
+        let crd = crd_of_the_operator(kind, plural).to_string();
+        operator.kubectl(&["create", "-f", "-"], Some(&crd)).await;
+    }
+    eventually(PATIENCE, "monitoring is applied", || async {
+        let output = operator.malha(&monitored).await;
+        let (applied, said) = (text(&output.stdout), text(&output.stderr));
+        let all = applied.ends_with("prometheusrule.monitoring.coreos.com/malha\n");
+        all.then_some(()).ok_or(applied + &said)
+    })
+    .await;
+    // What is there may be applied in any other form.
+    for file in ["install.yaml", "install-ha.yaml", "monitoring.yaml"] {
+        let file = format!("{}/manifests/{file}", env!("CARGO_MANIFEST_DIR"));
+        operator
+            .kubectl(&["apply", "--dry-run=server", "-f", &file], None)
+            .await;
+    }
+
     // Nobody answers the webhook: a pod of the mesh cannot be made. Then it can.
     let shop = cluster
         .namespace("shop", &[("istio-injection", "enabled")])
@@ -111,6 +149,15 @@ async fn what_is_installed_is_applied_server_side_and_taken_away_in_an_order_tha
     .await;
     let planned = operator.malha(&["uninstall", "--emergency"]).await;
     assert_eq!(planned.status.code(), Some(0), "{planned:?}");
+    let told = operator
+        .malha(&["uninstall", "--emergency", "-o", "json"])
+        .await;
+    let told: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    assert_eq!(told["applied"], false);
+    assert_eq!(
+        told["deleted"][0],
+        json!({ "kind": "MutatingWebhookConfiguration", "namespace": null, "name": "malha-injector" })
+    );
     assert!(
         operator
             .is_there(&["mutatingwebhookconfiguration/malha-injector"])
@@ -166,6 +213,8 @@ async fn what_is_installed_is_applied_server_side_and_taken_away_in_an_order_tha
             .await
     );
     assert!(!operator.is_there(&["clusterrole/malha"]).await);
+    let rule = ["prometheusrule/malha", "-n", "malha-system"];
+    assert!(!operator.is_there(&rule).await);
     assert!(
         operator
             .is_there(&["secret/malha-ca", "-n", "malha-system"])
@@ -224,8 +273,10 @@ async fn a_namespace_goes_in_and_out_and_the_cluster_itself_never() {
     };
     eventually(PATIENCE, "a pod of the Deployment", || async {
         let told = plan(&["mesh", "--dry-run"]).await;
-        let row = json!([{ "name": "deployment.apps/web", "pods": 1, "withSidecar": 0, "toRestart": 1, "restartable": true }]);
-        (told["items"] == row).then_some(()).ok_or_else(|| told.to_string())
+        let row = json!([{ "name": "deployment.apps/web", "pods": 1, "ready": 0, "withSidecar": 0, "toRestart": told["items"][0]["toRestart"], "restartable": true }]);
+        let pods = told["items"][0]["toRestart"].as_array();
+        let named = pods.is_some_and(|pods| pods.len() == 1 && pods[0].to_string().contains("web-"));
+        (told["items"] == row && named).then_some(()).ok_or_else(|| told.to_string())
     })
     .await;
     let label = async || {
@@ -248,6 +299,21 @@ async fn a_namespace_goes_in_and_out_and_the_cluster_itself_never() {
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(exit), "{args:?}: {said}");
         assert!(said.contains(words), "{args:?}: {said}");
+    }
+    // Who may not is told so, and it is not taken for a cluster that is away.
+    let limited = cluster.service_account(&shop, "default").await;
+    let limited = limited.to_str().expect("UTF-8");
+    for args in [
+        &["mesh", &shop][..],
+        &["uninstall"],
+        &["install", "--apply"],
+    ] {
+        let output = operator
+            .malha(&[args, &["--kubeconfig", limited]].concat())
+            .await;
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains("forbidden"), "{args:?}: {said}");
     }
 }
 
@@ -347,27 +413,28 @@ async fn on_a_node_an_upgrade_fails_no_request_and_what_was_uninstalled_comes_ba
     };
     eventually(PATIENCE, "web answering", call).await;
 
-    // New pods of the control plane while the client calls; the install waits until they are there.
+    // Upgraded to images of another place, with other settings of the injector, while the client calls and pods are made;
+    // the install waits until the new replicas are there.
+    let registry = "rig.local/next";
+    node.pull_from(registry);
     let calls = "n=0; lost=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
         curl -sSf -o /dev/null --max-time 20 $0 || lost=$((lost+1)); sleep 0.02; done; echo $n $lost";
     let load = ["sh", "-c", calls, &url];
+    let over = AtomicBool::new(false);
     let upgrade = async {
-        let restart = [
-            "rollout",
-            "restart",
-            "-n",
-            "malha-system",
-            "deployment/malha",
-        ];
-        node.kubectl(&restart).await;
-        let upgraded = malha(&["install", "--apply"]).await;
+        let upgraded = malha(&["install", "--apply", "--image-registry", registry]).await;
+        over.store(true, Ordering::Relaxed);
         let stop = ["touch", "/tmp/stop"];
         mesh.exec("pod/client", "client", &stop)
             .await
             .expect("the load ends");
         upgraded
     };
-    let (calls, (code, said)) = tokio::join!(mesh.exec("pod/client", "client", &load), upgrade);
+    let (calls, admitted, (code, said)) = tokio::join!(
+        mesh.exec("pod/client", "client", &load),
+        admissions(node.client().await, mesh.name(), &over),
+        upgrade
+    );
     assert_eq!(code, Some(0), "{said}");
     let calls = calls.expect("counts");
     let counts: Vec<u32> = calls
@@ -378,7 +445,34 @@ async fn on_a_node_an_upgrade_fails_no_request_and_what_was_uninstalled_comes_ba
         panic!("{calls}");
     };
     assert!(made > 20 && lost == 0, "{lost} of {made} requests failed");
+    let faults: Vec<_> = admitted.iter().filter_map(|it| it.as_ref().err()).collect();
+    let images: Vec<_> = admitted.iter().filter_map(|it| it.as_ref().ok()).collect();
+    assert!(
+        admitted.len() > 20 && faults.is_empty(),
+        "{} of {} pods: {faults:?}",
+        faults.len(),
+        admitted.len()
+    );
+    let new = format!("{registry}/malha-proxy:{}", env!("CARGO_PKG_VERSION"));
+    assert!(
+        images.first() != images.last() && images.last() == Some(&&new),
+        "{images:?}"
+    );
+    let path = "jsonpath={.spec.template.spec.containers[0].image}";
+    let get = ["get", "deployment/malha", "-n", "malha-system", "-o", path];
+    assert!(node.kubectl(&get).await.starts_with(registry));
     sound().await;
+
+    // Everything that dashboards and alerts ask for is told by somebody.
+    let ours = |name: &str| !name.starts_with("apiserver_");
+    eventually(PATIENCE, "every series", || async {
+        let scrapes = scrapes(node, &mesh).await?;
+        match monitoring::missing(&scrapes, ours) {
+            missing if missing.is_empty() => Ok(()),
+            missing => Err(format!("{missing:?}")),
+        }
+    })
+    .await;
 
     // Away: who has a sidecar goes on, who is new gets none, and nobody is refused.
     let said = succeeds(&["uninstall", "--apply"]).await;
@@ -408,6 +502,90 @@ async fn on_a_node_an_upgrade_fails_no_request_and_what_was_uninstalled_comes_ba
     mesh.ready("pod/web").await;
     eventually(PATIENCE, "an old sidecar calls a new one", call).await;
 }
+
+/// A kind of the Prometheus operator that takes everything.
+fn crd_of_the_operator(kind: &str, plural: &str) -> Value {
+    let group = "monitoring.coreos.com";
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": { "name": format!("{plural}.{group}") },
+        "spec": {
+            "group": group, "scope": "Namespaced",
+            "names": { "kind": kind, "plural": plural, "singular": kind.to_lowercase() },
+            "versions": [{
+                "name": "v1", "served": true, "storage": true,
+                "schema": { "openAPIV3Schema": { "type": "object", "x-kubernetes-preserve-unknown-fields": true } },
+            }],
+        },
+    })
+}
+
+/// Pods in a dry run, one after the other until it is `over`: the image of the sidecar that each would have.
+async fn admissions(
+    client: kube::Client,
+    namespace: &str,
+    over: &AtomicBool,
+) -> Vec<Result<String, String>> {
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": { "name": "new" },
+        "spec": { "containers": [{ "name": "app", "image": "example.com/app:1" }] },
+    }))
+    .expect("a pod");
+    let pods: Api<Pod> = Api::namespaced(client, namespace);
+    let dry = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let mut all = Vec::new();
+    while !over.load(Ordering::Relaxed) {
+        let made = pods
+            .create(&dry, &pod)
+            .await
+            .map_err(|error| error.to_string());
+        all.push(made.and_then(|pod| sidecar_image(&pod).ok_or_else(|| "a plain pod".to_owned())));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    all
+}
+
+fn sidecar_image(pod: &Pod) -> Option<String> {
+    let native = pod.spec.as_ref()?.init_containers.iter().flatten();
+    let mut sidecar = native.filter(|container| container.name == "malha-proxy");
+    sidecar.next()?.image.clone()
+}
+
+/// What every replica of the control plane and both sidecars tell a scraper.
+async fn scrapes(node: &node::Node, mesh: &node::Namespace) -> Result<Vec<String>, String> {
+    let client = node.client().await;
+    let replicas = node
+        .kubectl(&[
+            "get",
+            "pods",
+            "-n",
+            "malha-system",
+            "-l",
+            CONTROL_PLANE,
+            "-o",
+            "name",
+        ])
+        .await;
+    let replicas = replicas.lines().map(|pod| {
+        let name = pod.trim_start_matches("pod/");
+        format!("malha-system/pods/{name}:15014/proxy/metrics")
+    });
+    let sidecars = ["web", "client"]
+        .map(|name| format!("{}/pods/{name}:15020/proxy/stats/prometheus", mesh.name()));
+    let mut all = Vec::new();
+    for path in replicas.chain(sidecars) {
+        let request = http_get(&format!("/api/v1/namespaces/{path}"));
+        let text = client.request_text(request).await;
+        all.push(text.map_err(|error| format!("{path}: {error}"))?);
+    }
+    Ok(all)
+}
+
+const CONTROL_PLANE: &str =
+    "app.kubernetes.io/name=malha,app.kubernetes.io/component=control-plane";
 
 const DEPLOYMENT: &str = r#"
 apiVersion: apps/v1

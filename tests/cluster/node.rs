@@ -170,6 +170,22 @@ impl Node {
         Ok(())
     }
 
+    /// Makes the node know Malha's images by the names of a registry, too: as if they had been pulled from there.
+    pub(crate) fn pull_from(&self, registry: &str) {
+        let pid = std::fs::read_to_string(self.dir.join("n1/pid")).expect("the node runs");
+        let programs = std::fs::read_to_string(self.dir.join("programs")).expect("its programs");
+        for image in ["malha", "malha-init", "malha-proxy"] {
+            let image = format!("{image}:{}", env!("CARGO_PKG_VERSION"));
+            let mut tag = Command::new("nsenter");
+            tag.args(["-t", pid.trim(), "-m", "-n", "-p"])
+                .arg(Path::new(programs.trim()).join("ctr"))
+                .args(["--namespace", "k8s.io", "images", "tag", "--force"])
+                .arg(format!("docker.io/library/{image}"))
+                .arg(format!("{registry}/{image}"));
+            succeed(&mut tag).expect("the node has the image");
+        }
+    }
+
     /// Makes an image of Debian's packages, once on this machine, and brings it in as `rig.local/NAME:1`.
     ///
     /// `None` where there is no Debian to get them from: as with [`shared`].
