@@ -60,7 +60,7 @@ pub fn main() -> ExitCode {
     max_term_width = 110
 )]
 #[command(
-    after_help = "Exit codes: 0 done; 1 a check failed or an object was denied; 2 only warnings, with --strict; \
+    after_help = "`malha doc WORD` says what an alert, a check or a code means, and what to do.\n\nExit codes: 0 done; 1 a check failed or an object was denied; 2 only warnings, with --strict; \
 64 usage; 65 input that cannot be read or is not what it claims to be; 69 cluster or control plane not reachable; \
 70 a fault of malha's own; 75 lost every race for a write."
 )]

@@ -109,9 +109,13 @@ mod tests {
         let rules: Value = serde_saphyr::from_str(rules).expect("YAML");
         let groups = rules["spec"]["groups"].as_array().expect("groups").iter();
         let rules = groups.flat_map(|group| group["rules"].as_array().expect("rules"));
-        rules
-            .map(|rule| rule["alert"].as_str().expect("a name").to_owned())
-            .collect()
+        let name = |rule: &Value| {
+            let name = rule["alert"].as_str().expect("a name").to_owned();
+            let runbook = format!("malha doc {name}");
+            assert_eq!(rule["annotations"]["runbook"], *runbook, "{name}");
+            name
+        };
+        rules.map(name).collect()
     }
 
     /// What each `fn code` in the sources answers: errors carry data and so have no list of themselves.

@@ -37,7 +37,7 @@ use crate::{
 ///
 /// Name an object of the cluster (POD, or KIND/NAME such as deploy/web, ns/shop), or give manifests with -f. With -f give
 /// the namespace, too: without it every pod is taken to be selected, or as --namespace-labels says; what ports accept is
-/// told where PeerAuthentications are given.
+/// told where PeerAuthentications are given. `malha doc CODE` says more about a code.
 ///
 /// Exit codes: 0 whatever the verdict; 2 with --strict where a pod is not injected; 65 where the object is not there, or
 /// the input holds no pod or workload; 69 where the cluster does not answer.
