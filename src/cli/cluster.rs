@@ -321,12 +321,11 @@ pub(super) trait Answered<T> {
 
 impl<T> Answered<T> for anyhow::Result<T> {
     fn answered(self) -> Result<T, Failure> {
-        self.map_err(|error| {
-            let exit = match error.downcast_ref() {
-                Some(ApiError::Refused(kube::Error::Api(_))) => Exit::Refused,
-                _ => Exit::Unreachable,
-            };
-            exit.because(error)
+        self.map_err(|error| match error.downcast_ref() {
+            Some(ApiError::Refused(kube::Error::Api(_))) => Exit::Refused.because(error),
+            _ => Exit::Unreachable.because(error.context(
+                "no answer of an API server (`kubectl cluster-info` looks closer, --context and --kubeconfig name another)",
+            )),
         })
     }
 }

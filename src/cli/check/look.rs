@@ -21,9 +21,8 @@ use super::{
 use crate::{
     ca::{bundle::Bundle, journal::JournalHome as _},
     cli::{
-        Exit, Failure, ca,
-        cluster::{CONTROL_PLANE, Cluster},
-        exit::OrExit as _,
+        Failure, ca,
+        cluster::{Answered as _, CONTROL_PLANE, Cluster},
         mesh::namespace_facts,
         rendering::{self, NAMESPACE, ObjectName},
         terminal::whole,
@@ -36,11 +35,11 @@ use crate::{
 /// Looks at everything once.
 ///
 /// # Errors
-/// [`Exit::Unreachable`] where the API server does not answer.
+/// [`Exit::Unreachable`](crate::cli::Exit::Unreachable) where the API server does not answer.
 pub(super) async fn look(cluster: &Cluster, before: bool) -> Result<Facts, Failure> {
     let clock = clock::system();
     let version = cluster.version(|| clock.now()).await;
-    let (minor, skew) = version.or_exit(Exit::Unreachable)?;
+    let (minor, skew) = version.answered()?;
     let mutating = ApiResource::erase::<MutatingWebhookConfiguration>(&());
     let (mutating, crds, rights, installed) = tokio::join!(
         fact(cluster.objects(&mutating, None)),

@@ -12,7 +12,7 @@ use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Po
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Cluster, ask, to_value};
+use super::{Answered as _, Cluster, ask, to_value};
 use crate::{
     cli::{Exit, Failure, rendering::ObjectName},
     k8s::ApiError,
@@ -171,11 +171,5 @@ impl Cluster {
 const DRY_RUN_PATIENCE: Duration = Duration::from_secs(35);
 
 fn written<T>(answer: Result<T, ApiError>, what: impl FnOnce() -> String) -> Result<T, Failure> {
-    answer.map_err(|error| {
-        let exit = match &error {
-            ApiError::Refused(kube::Error::Api(_)) => Exit::Refused,
-            ApiError::Refused(_) | ApiError::Silent(_) => Exit::Unreachable,
-        };
-        exit.because(anyhow::Error::new(error).context(what()))
-    })
+    answer.with_context(what).answered()
 }
