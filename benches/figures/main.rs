@@ -2,7 +2,7 @@
 //! was made.
 //!
 //! ```text
-//! make bench                     all of them (about two minutes after the build)
+//! make bench                     all of them (about three minutes after the build)
 //! make bench ARGS=inject         those whose name contains a word
 //! make bench ARGS=--quick        short rounds: is it still in order of magnitude?
 //! ```
@@ -19,6 +19,7 @@ mod load;
 mod mesh;
 mod pods;
 mod serve;
+mod sign;
 
 use std::time::Duration;
 
@@ -71,5 +72,6 @@ fn main() {
     inject::run(&bench);
     issue::run(&bench);
     serve::run(&bench);
+    sign::run(&bench);
     mesh::run(&bench);
 }

@@ -26,7 +26,7 @@ use crate::{
     pods,
 };
 
-const CORES: usize = 2;
+pub(crate) const CORES: usize = 2;
 const CONNECTIONS: usize = 32;
 const ROUNDS: usize = 5;
 const REVIEWS: u64 = 100_000;
@@ -141,12 +141,8 @@ fn throughput(bench: &Bench, runtime: &Runtime, review: &[u8], pod: usize) {
     let (mut p50, mut p99) = (Rounds::default(), Rounds::default());
     for _ in 0..ROUNDS {
         let latencies = load::open(runtime, &target, 2 * CONNECTIONS, half, each);
-        let at = |share: f64| {
-            let index = (latencies.len() as f64 * share) as usize;
-            latencies[index.min(latencies.len() - 1)].as_secs_f64() * 1e3
-        };
-        p50.push(at(0.50));
-        p99.push(at(0.99));
+        p50.push(percentile(&latencies, 0.50));
+        p99.push(percentile(&latencies, 0.99));
     }
     let how = format!(
         "open loop at {half:.0} a second, half of the above, from the intended instant of sending"
@@ -155,8 +151,14 @@ fn throughput(bench: &Bench, runtime: &Runtime, review: &[u8], pod: usize) {
     bench.figure("https_review_p99", &p99, "ms", &how);
 }
 
+/// In milliseconds, of latencies that are sorted.
+pub(crate) fn percentile(latencies: &[Duration], share: f64) -> f64 {
+    let index = (latencies.len() as f64 * share) as usize;
+    latencies[index.min(latencies.len() - 1)].as_secs_f64() * 1e3
+}
+
 /// This process, and those it starts, on so many cores and no more.
-fn stay_on(cores: usize) {
+pub(crate) fn stay_on(cores: usize) {
     let own = Pid::from_raw(0);
     let allowed = sched_getaffinity(own).expect("Linux tells it");
     let mut kept = CpuSet::new();
