@@ -61,7 +61,7 @@ pub struct Access {
 pub enum ConnectError {
     /// Nothing says where the API server is.
     #[error(
-        "found neither a kubeconfig nor a pod's service account; set KUBECONFIG, or run with --standalone DIR"
+        "found neither a kubeconfig nor a pod's service account; set KUBECONFIG, or name a file with --kubeconfig"
     )]
     NotFound(#[source] Box<dyn Error + Send + Sync>),
     /// The named kubeconfig cannot be used.
