@@ -2,8 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Client;
 use prometheus_client::registry::Registry;
 use tokio::{
     sync::watch,
@@ -27,8 +29,8 @@ use crate::{
         ca_bundle::{self, Keeper, Live, Targets},
         conditions,
         events::{self, Note, Notes},
-        journal::PLUGGED,
-        lease::{self, Candidate},
+        journal::{PLUGGED, SecretHome},
+        lease::{self, Candidate, Claim},
         mesh, pods,
         tokens::{ClusterTokens, Options, Validation},
         trust_bundle,
@@ -58,158 +60,233 @@ pub(super) async fn serve(
     settings: Settings,
     stop: CancellationToken,
 ) -> Result<(), Failure> {
-    let client = k8s::connect(access).await.or_exit(Exit::BadInput)?;
+    let client = k8s::connect(access)
+        .await
+        .context("no cluster to serve; without one, serve with --standalone DIR")
+        .or_exit(Exit::BadInput)?;
     let metrics = Metrics::default();
-    let mut plane = Plane::begin(settings, stop.clone(), |registry| {
-        metrics.register(registry)
-    })
-    .await?;
-    let namespace = plane.settings.namespace.clone();
-    let clock = plane.clock.clone();
-    let replica = replica_name();
-
-    let world = World::new();
-    let following =
-        world
-            .clone()
-            .follow(client.clone(), clock.clone(), metrics.world, stop.clone());
-    plane.tasks.own("watches", following);
-    let synced = plane.readiness.gate("first lists of the cluster");
-    plane.tasks.own(
-        "first lists",
-        until_synced(world.clone(), synced, stop.clone()),
-    );
-    let trust = plane
+    let mut plane = Plane::begin(settings, stop, |registry| metrics.register(registry)).await?;
+    let replica = Replica::join(client, &mut plane, &metrics);
+    let trusted = plane
         .readiness
         .gate("caBundle that the API server trusts us by");
-    let (notes, writing) =
-        events::write(client.clone(), clock.clone(), replica.clone(), stop.clone());
-    plane.tasks.own("events", writing);
-    let policies = mesh::Policies::new();
-    let telling = mesh::follow(
-        client.clone(),
-        plane.feed.clone(),
-        policies.clone(),
-        stop.clone(),
-    );
-    plane.tasks.own("mesh watches", telling);
-    let candidate = Candidate {
-        namespace: namespace.clone(),
-        name: "malha-leader".to_owned(),
-        identity: replica.clone(),
-    };
-    let (claim, holding) = lease::hold(
-        client.clone(),
-        candidate,
-        clock.clone(),
-        metrics.lease,
-        stop.clone(),
-    );
-    plane.tasks.own("lease", holding);
+    replica.tell_proxies_and_users(&mut plane);
 
-    let hub = plane.hub.clone();
-    let judging = conditions::keep(conditions::Watch {
-        client: client.clone(),
-        policies,
-        progress: hub.progress(),
-        outcomes: move || hub.outcomes(),
-        claim: claim.clone(),
-        notes: notes.clone(),
-        replica: replica.clone(),
-        clock: clock.clone(),
-        stop: stop.clone(),
-    });
-    plane.tasks.own("conditions", judging);
-
-    let home = ca::secret_home(client.clone(), &namespace);
-    if !until_clock_is_sane(&world, &stop).await {
+    let home = ca::secret_home(replica.client.clone(), &replica.namespace);
+    if !until_clock_is_sane(&replica.world, &replica.stop).await {
         return Ok(());
     }
-    let plug = Plug::new(&namespace, notes.clone());
+    let plug = Plug::new(&replica.namespace, replica.notes.clone());
     let Some(custody) = plane.open(&home, |error| plug.refused(error)).await? else {
         return Ok(());
     };
-    let (changes, listening) = home.changes(stop.clone());
-    plane.tasks.own("journal watch", listening);
-    plane.tasks.own(
-        "journal refresh",
-        refresh_on_change(custody.clone(), changes, stop.clone()),
-    );
-    let (changes, listening) = home.plugged_changes(stop.clone());
-    plane.tasks.own("plugged-in issuer watch", listening);
-    plane.tasks.own(
-        "plugged-in issuer",
-        plug.keep(custody.clone(), changes, stop.clone()),
-    );
-
-    let (live, publishing) = ca_bundle::keep(Keeper {
-        client: client.clone(),
-        targets: Targets {
-            injector: "malha-injector".to_owned(),
-            advice: "malha-advice".to_owned(),
-        },
-        wanted: custody.watch(),
-        bundle_of: |authority: &Arc<Authority>| authority.bundle().clone(),
-        claim: claim.clone(),
-        notes: notes.clone(),
-        metrics: metrics.ca_bundle,
-        stop: stop.clone(),
-    });
-    plane.tasks.own("caBundle", publishing);
-    let bundling = trust_bundle::keep(trust_bundle::Keeper {
-        client: client.clone(),
-        world: world.clone(),
-        home: namespace.clone(),
-        name: config_map_of(plane.injector.clone()),
-        wanted: custody.watch(),
-        bundle_of: |authority: &Arc<Authority>| authority.bundle().clone(),
-        claim: claim.clone(),
-        notes: notes.clone(),
-        metrics: metrics.trust_bundle,
-        stop: stop.clone(),
-    });
-    plane.tasks.own("trust bundles", bundling);
-    let webhook_name = format!("malha.{namespace}.svc");
-    let trusted = Trusted {
-        live,
-        chain: plane.webhook_chain(),
-        dns_name: webhook_name.clone(),
-        clock: clock.clone(),
-    };
-    plane
-        .tasks
-        .own("caBundle check", trusted.prove(trust, stop.clone()));
-    let surveying = pods::keep(pods::Watch {
-        client: client.clone(),
-        world: world.clone(),
-        injector: plane.injector.clone(),
-        claim: claim.clone(),
-        notes,
-        metrics: metrics.pods,
-        clock: clock.clone(),
-        stop: stop.clone(),
-    });
-    plane.tasks.own("pods", surveying);
-    let authenticate = ClusterTokens::new(client, world.clone(), options(&plane.settings));
-    plane
-        .tasks
-        .own("token keys", authenticate.follow(clock, stop));
-    let skew = {
-        let world = world.clone();
-        Box::new(move || world.clock_skew())
-    };
+    replica.follow_journal(&mut plane, &home, plug, &custody);
+    replica.publish_webhook_trust(&mut plane, &custody, &metrics, trusted);
+    replica.publish_workload_trust(&mut plane, &custody, &metrics);
+    replica.survey_pods(&mut plane, &metrics);
+    let authenticate = replica.authenticate(&mut plane);
+    let world = replica.world.clone();
     plane
         .run(Home {
             custody,
             authenticate,
-            cluster: world,
-            leads: claim.watch(),
-            skew,
-            webhook_names: vec![webhook_name.clone()],
-            ca_names: vec![webhook_name, format!("malha.{namespace}")],
-            replica,
+            cluster: replica.world.clone(),
+            leads: replica.claim.watch(),
+            skew: Box::new(move || world.clock_skew()),
+            webhook_names: vec![replica.webhook_name()],
+            ca_names: vec![
+                replica.webhook_name(),
+                format!("malha.{}", replica.namespace),
+            ],
+            replica: replica.name,
         })
         .await
+}
+
+/// One of several, and what each of its parts needs of the cluster.
+struct Replica {
+    client: Client,
+    namespace: String,
+    name: String,
+    clock: Clock,
+    stop: CancellationToken,
+    world: Arc<World>,
+    /// Whether it leads.
+    claim: Claim,
+    /// Where Events go.
+    notes: Notes,
+}
+
+impl Replica {
+    /// Follows the cluster, and asks to lead.
+    fn join(client: Client, plane: &mut Plane, metrics: &Metrics) -> Self {
+        let (clock, stop) = (plane.clock.clone(), plane.stop.clone());
+        let namespace = plane.settings.namespace.clone();
+        let name = replica_name();
+        let world = World::new();
+        let following = world.clone().follow(
+            client.clone(),
+            clock.clone(),
+            metrics.world.clone(),
+            stop.clone(),
+        );
+        plane.tasks.own("watches", following);
+        let gate = plane.readiness.gate("first lists of the cluster");
+        let synced = until_synced(world.clone(), gate, stop.clone());
+        plane.tasks.own("first lists", synced);
+        let (notes, writing) =
+            events::write(client.clone(), clock.clone(), name.clone(), stop.clone());
+        plane.tasks.own("events", writing);
+        let candidate = Candidate {
+            namespace: namespace.clone(),
+            name: "malha-leader".to_owned(),
+            identity: name.clone(),
+        };
+        let (claim, holding) = lease::hold(
+            client.clone(),
+            candidate,
+            clock.clone(),
+            metrics.lease.clone(),
+            stop.clone(),
+        );
+        plane.tasks.own("lease", holding);
+        Self {
+            client,
+            namespace,
+            name,
+            clock,
+            stop,
+            world,
+            claim,
+            notes,
+        }
+    }
+
+    /// The mesh to proxies, and what they made of it to the objects it came from.
+    fn tell_proxies_and_users(&self, plane: &mut Plane) {
+        let policies = mesh::Policies::new();
+        let telling = mesh::follow(
+            self.client.clone(),
+            plane.feed.clone(),
+            policies.clone(),
+            self.stop.clone(),
+        );
+        plane.tasks.own("mesh watches", telling);
+        let hub = plane.hub.clone();
+        let judging = conditions::keep(conditions::Watch {
+            client: self.client.clone(),
+            policies,
+            progress: hub.progress(),
+            outcomes: move || hub.outcomes(),
+            claim: self.claim.clone(),
+            notes: self.notes.clone(),
+            replica: self.name.clone(),
+            clock: self.clock.clone(),
+            stop: self.stop.clone(),
+        });
+        plane.tasks.own("conditions", judging);
+    }
+
+    /// What other replicas and operators write is taken over.
+    fn follow_journal(
+        &self,
+        plane: &mut Plane,
+        home: &SecretHome,
+        plug: Plug,
+        custody: &Arc<Custody<SecretHome>>,
+    ) {
+        let (changes, listening) = home.changes(self.stop.clone());
+        plane.tasks.own("journal watch", listening);
+        let refreshing = refresh_on_change(custody.clone(), changes, self.stop.clone());
+        plane.tasks.own("journal refresh", refreshing);
+        let (changes, listening) = home.plugged_changes(self.stop.clone());
+        plane.tasks.own("plugged-in issuer watch", listening);
+        let plugging = plug.keep(custody.clone(), changes, self.stop.clone());
+        plane.tasks.own("plugged-in issuer", plugging);
+    }
+
+    /// What API servers trust the webhooks by; the gate opens when it fits what they are served.
+    fn publish_webhook_trust(
+        &self,
+        plane: &mut Plane,
+        custody: &Arc<Custody<SecretHome>>,
+        metrics: &Metrics,
+        gate: Gate,
+    ) {
+        let (live, publishing) = ca_bundle::keep(Keeper {
+            client: self.client.clone(),
+            targets: Targets {
+                injector: "malha-injector".to_owned(),
+                advice: "malha-advice".to_owned(),
+            },
+            wanted: custody.watch(),
+            bundle_of: |authority: &Arc<Authority>| authority.bundle().clone(),
+            claim: self.claim.clone(),
+            notes: self.notes.clone(),
+            metrics: metrics.ca_bundle.clone(),
+            stop: self.stop.clone(),
+        });
+        plane.tasks.own("caBundle", publishing);
+        let trusted = Trusted {
+            live,
+            chain: plane.webhook_chain(),
+            dns_name: self.webhook_name(),
+            clock: self.clock.clone(),
+        };
+        let proving = trusted.prove(gate, self.stop.clone());
+        plane.tasks.own("caBundle check", proving);
+    }
+
+    /// What pods trust the control plane and each other by.
+    fn publish_workload_trust(
+        &self,
+        plane: &mut Plane,
+        custody: &Arc<Custody<SecretHome>>,
+        metrics: &Metrics,
+    ) {
+        let bundling = trust_bundle::keep(trust_bundle::Keeper {
+            client: self.client.clone(),
+            world: self.world.clone(),
+            home: self.namespace.clone(),
+            name: config_map_of(plane.injector.clone()),
+            wanted: custody.watch(),
+            bundle_of: |authority: &Arc<Authority>| authority.bundle().clone(),
+            claim: self.claim.clone(),
+            notes: self.notes.clone(),
+            metrics: metrics.trust_bundle.clone(),
+            stop: self.stop.clone(),
+        });
+        plane.tasks.own("trust bundles", bundling);
+    }
+
+    /// Which pods should have a sidecar and have none.
+    fn survey_pods(&self, plane: &mut Plane, metrics: &Metrics) {
+        let surveying = pods::keep(pods::Watch {
+            client: self.client.clone(),
+            world: self.world.clone(),
+            injector: plane.injector.clone(),
+            claim: self.claim.clone(),
+            notes: self.notes.clone(),
+            metrics: metrics.pods.clone(),
+            clock: self.clock.clone(),
+            stop: self.stop.clone(),
+        });
+        plane.tasks.own("pods", surveying);
+    }
+
+    /// Who is calling, by the API server's keys.
+    fn authenticate(&self, plane: &mut Plane) -> ClusterTokens {
+        let options = options(&plane.settings);
+        let tokens = ClusterTokens::new(self.client.clone(), self.world.clone(), options);
+        let keys = tokens.follow(self.clock.clone(), self.stop.clone());
+        plane.tasks.own("token keys", keys);
+        tokens
+    }
+
+    /// By which API servers dial it.
+    fn webhook_name(&self) -> String {
+        format!("malha.{}.svc", self.namespace)
+    }
 }
 
 /// What the pods that are injected now will mount.

@@ -5,6 +5,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use axum::Router;
 use prometheus_client::registry::Registry;
 use tokio::{
     sync::{mpsc, watch},
@@ -63,23 +64,45 @@ pub(super) struct Plane {
     metrics: Metrics,
 }
 
-/// What must have happened before this is ready. All of them stand from the first moment on, so that it is not ready in
-/// between.
+/// What must have happened before this is ready, beside its [ports](Port). All of them stand from the first moment on, so
+/// that it is not ready in between.
 struct Gates {
     journal: Gate,
     mesh: Gate,
-    webhook: Gate,
-    ca: Gate,
 }
 
 /// A TLS listener that is taken but not served yet, and where its certificates come from.
 struct Port {
+    names: Names,
+    /// Opens when it answers.
+    gate: Gate,
     bound: Bound,
     certificate: Arc<ServingCertificate>,
     /// Who may show a client certificate; `None` where nobody is asked.
     clients: Option<Arc<ClientTrust>>,
     chains: watch::Sender<Option<Arc<KeyedChain>>>,
 }
+
+/// What the tasks of a port are called.
+struct Names {
+    /// The metrics call it that, too.
+    port: &'static str,
+    certificate: &'static str,
+    /// And its gate.
+    listener: &'static str,
+}
+
+const WEBHOOK: Names = Names {
+    port: "webhook",
+    certificate: "webhook certificate",
+    listener: "webhook listener",
+};
+
+const CA: Names = Names {
+    port: "ca",
+    certificate: "CA certificate",
+    listener: "CA listener",
+};
 
 /// What differs between a cluster and a directory.
 pub(super) struct Home<H, A> {
@@ -148,8 +171,15 @@ impl Plane {
             ..Limits::default()
         };
         let metrics = Metrics::default();
-        let webhook = Port::webhook(settings.webhook_addr, limits.clone(), &metrics).await?;
-        let ca = Port::ca(settings.ca_addr, limits, &metrics).await?;
+        let readiness = Readiness::new(stop.clone());
+        let gates = Gates {
+            journal: readiness.gate("CA journal"),
+            mesh: readiness.gate("first lists of the mesh"),
+        };
+        let gate = readiness.gate(WEBHOOK.listener);
+        let webhook = Port::webhook(settings.webhook_addr, limits.clone(), gate, &metrics).await?;
+        let gate = readiness.gate(CA.listener);
+        let ca = Port::ca(settings.ca_addr, limits, gate, &metrics).await?;
         let few = Limits {
             connections: 100,
             ..Limits::default()
@@ -167,13 +197,6 @@ impl Plane {
         let mut registry = runtime::metrics::registry(clock.now());
         metrics.register(&mut registry);
         count(&mut registry);
-        let readiness = Readiness::new(stop.clone());
-        let gates = Gates {
-            journal: readiness.gate("CA journal"),
-            mesh: readiness.gate("first lists of the mesh"),
-            webhook: readiness.gate("webhook listener"),
-            ca: readiness.gate("CA listener"),
-        };
         let mut tasks = Tasks::new(stop.clone());
         // It answers until it is dropped: while the others drain, probes still want to know.
         let app = admin::router(readiness.clone(), Arc::new(registry));
@@ -271,39 +294,6 @@ impl Plane {
         let id = self.own_identity()?;
         self.gates.journal.open();
         let custody = home.custody;
-        let stop = self.stop.clone();
-        let webhook_profile = Profile::Webhook {
-            dns_names: home.webhook_names.clone(),
-        };
-        let ca_profile = Profile::ControlPlane {
-            id,
-            dns_names: home.ca_names.clone(),
-        };
-        for (name, port, profile) in [
-            ("webhook certificate", &self.webhook, webhook_profile),
-            ("CA certificate", &self.ca, ca_profile),
-        ] {
-            let keeping = port.keep_certificate(&custody, profile, &self.clock, &stop);
-            self.tasks.own(name, keeping);
-        }
-        if let Some(following) = self.ca.follow_clients(&custody, &stop) {
-            self.tasks.own("client certificates", following);
-        }
-        for (name, port, dns_names, gate) in [
-            (
-                "webhook listener",
-                &self.webhook,
-                home.webhook_names,
-                self.gates.webhook,
-            ),
-            ("CA listener", &self.ca, home.ca_names, self.gates.ca),
-        ] {
-            let addr = port.bound.local_addr();
-            self.tasks.own(
-                name,
-                prove(addr, dns_names, custody.watch(), gate, stop.clone()),
-            );
-        }
         let authority = {
             let custody = custody.clone();
             move || custody.authority()
@@ -320,27 +310,39 @@ impl Plane {
             .with_gate(self.signing_gate.clone())
             .with_audit(Audit::new(home.replica))
             .with_cluster(self.settings.cluster.clone());
+        // One port for whatever pods ask for: other services merge their routes into these.
+        let signer = signing::router(Arc::new(signing)).merge(ads::router(self.hub.clone()));
         let webhook = webhook::router(Webhook {
             injector: self.injector.clone(),
             cluster: home.cluster,
             metrics: self.metrics.webhook,
             limits: webhook::Limits::default(),
         });
-        self.tasks
-            .own("webhook", self.webhook.bound.serve(webhook, stop.clone()));
-        // One port for whatever pods ask for: other services merge their routes into these.
-        let signer = signing::router(Arc::new(signing)).merge(ads::router(self.hub.clone()));
-        self.tasks
-            .own("signer", self.ca.bound.serve(signer, stop.clone()));
-        self.tasks
-            .own("mesh", self.hub.clone().keep(self.fed, custody.watch()));
-        self.tasks.own(
-            "first lists of the mesh",
-            until_whole(self.hub.whole(), self.gates.mesh, stop.clone()),
+        let issuer = Issuer {
+            custody: &custody,
+            clock: &self.clock,
+            stop: &self.stop,
+        };
+        let profile = |dns_names| Profile::Webhook { dns_names };
+        issuer.serve(
+            &mut self.tasks,
+            self.webhook,
+            webhook,
+            home.webhook_names,
+            profile,
         );
-        let questions = ads::questions(self.hub);
-        self.tasks
-            .own("questions", self.query.serve(questions, stop.clone()));
+        let profile = |dns_names| Profile::ControlPlane { id, dns_names };
+        issuer.serve(&mut self.tasks, self.ca, signer, home.ca_names, profile);
+
+        let tell = self.hub.clone().keep(self.fed, custody.watch());
+        self.tasks.own("mesh", tell);
+        let listed = until_whole(self.hub.whole(), self.gates.mesh, self.stop.clone());
+        self.tasks.own("first lists of the mesh", listed);
+        let questions = self
+            .query
+            .serve(ads::questions(self.hub), self.stop.clone());
+        self.tasks.own("questions", questions);
+
         let jumps = runtime::clock::jumps(self.clock, CLOCK_TOLERANCE);
         let sanity = Sanity {
             jump: jumps.told(),
@@ -350,15 +352,13 @@ impl Plane {
             gate: self.signing_gate,
         };
         let (acts, acting) = watch::channel(false);
-        self.tasks.own("clock", jumps.watch(stop.clone()));
-        self.tasks
-            .own("clock's consequences", sanity.keep(acts, stop.clone()));
-        self.tasks
-            .own("CA journal", custody.keep(acting, stop.clone()));
-        self.tasks.own(
-            "injector settings",
-            self.overrides.keep(self.injector, stop),
-        );
+        self.tasks.own("clock", jumps.watch(self.stop.clone()));
+        let consequences = sanity.keep(acts, self.stop.clone());
+        self.tasks.own("clock's consequences", consequences);
+        let journal = custody.keep(acting, self.stop.clone());
+        self.tasks.own("CA journal", journal);
+        let overrides = self.overrides.keep(self.injector, self.stop);
+        self.tasks.own("injector settings", overrides);
         self.tasks
             .run(self.settings.drain + FINISH)
             .await
@@ -378,13 +378,19 @@ impl Plane {
 
 impl Port {
     /// What API servers call. They show no certificate: none that we could know.
-    async fn webhook(addr: SocketAddr, limits: Limits, metrics: &Metrics) -> Result<Self, Failure> {
+    async fn webhook(
+        addr: SocketAddr,
+        limits: Limits,
+        gate: Gate,
+        metrics: &Metrics,
+    ) -> Result<Self, Failure> {
         let certificate = ServingCertificate::new();
         let bound = Bound::new(addr, certificate.clone(), Alpn::Http1, limits).await;
+        let bound = bound.or_exit(Exit::Internal)?;
         Ok(Self {
-            bound: bound
-                .or_exit(Exit::Internal)?
-                .counted(&metrics.listeners, "webhook"),
+            names: WEBHOOK,
+            gate,
+            bound: bound.counted(&metrics.listeners, WEBHOOK.port),
             certificate,
             clients: None,
             chains: watch::Sender::new(None),
@@ -392,7 +398,12 @@ impl Port {
     }
 
     /// What every pod of the mesh holds connections to, and shows its certificate.
-    async fn ca(addr: SocketAddr, limits: Limits, metrics: &Metrics) -> Result<Self, Failure> {
+    async fn ca(
+        addr: SocketAddr,
+        limits: Limits,
+        gate: Gate,
+        metrics: &Metrics,
+    ) -> Result<Self, Failure> {
         let limits = Limits {
             connections: CA_CONNECTIONS,
             idle: CA_IDLE,
@@ -400,44 +411,54 @@ impl Port {
         };
         let (certificate, clients) = (ServingCertificate::new(), ClientTrust::new());
         let bound = Bound::asking(addr, certificate.clone(), clients.clone(), limits).await;
+        let bound = bound.or_exit(Exit::Internal)?;
         Ok(Self {
-            bound: bound
-                .or_exit(Exit::Internal)?
-                .counted(&metrics.listeners, "ca"),
+            names: CA,
+            gate,
+            bound: bound.counted(&metrics.listeners, CA.port),
             certificate,
             clients: Some(clients),
             chains: watch::Sender::new(None),
         })
     }
+}
 
-    /// Trusts clients by whatever bundle is current.
-    fn follow_clients<H: JournalHome>(
-        &self,
-        custody: &Custody<H>,
-        stop: &CancellationToken,
-    ) -> Option<impl Future<Output = ()> + Send + use<H>> {
-        let bundle_of = |authority: &Arc<Authority>| authority.bundle().clone();
-        let clients = self.clients.clone()?;
-        Some(clients.follow(custody.watch(), bundle_of, stop.clone()))
-    }
+/// Who gives ports their certificates, until when.
+struct Issuer<'a, H> {
+    custody: &'a Arc<Custody<H>>,
+    clock: &'a Clock,
+    stop: &'a CancellationToken,
+}
 
-    /// Issues this port's certificate, again and again in time, and serves each from the next handshake on.
-    fn keep_certificate<H: JournalHome>(
+impl<H: JournalHome> Issuer<'_, H> {
+    /// Serves a port. Its certificate is issued again and again in time, and each serves from the next handshake on;
+    /// clients are trusted by whatever bundle is current; its gate opens when it answers.
+    fn serve(
         &self,
-        custody: &Arc<Custody<H>>,
-        profile: Profile,
-        clock: &Clock,
-        stop: &CancellationToken,
-    ) -> impl Future<Output = ()> + Send + use<H> {
-        let (chains, stop) = (self.chains.clone(), stop.clone());
-        let following = self
-            .certificate
-            .clone()
-            .follow(chains.subscribe(), stop.clone());
-        let keeping = custody::keep_serving(custody.clone(), profile, clock.clone(), chains, stop);
-        async move {
+        tasks: &mut Tasks,
+        port: Port,
+        app: Router,
+        dns_names: Vec<String>,
+        profile: impl FnOnce(Vec<String>) -> Profile,
+    ) {
+        let custody = self.custody;
+        let stop = || self.stop.clone();
+        let addr = port.bound.local_addr();
+        let proving = prove(addr, dns_names.clone(), custody.watch(), port.gate, stop());
+        tasks.own(port.names.listener, proving);
+        let following = port.certificate.follow(port.chains.subscribe(), stop());
+        let profile = profile(dns_names);
+        let clock = self.clock.clone();
+        let keeping = custody::keep_serving(custody.clone(), profile, clock, port.chains, stop());
+        tasks.own(port.names.certificate, async move {
             tokio::join!(keeping, following);
+        });
+        if let Some(clients) = port.clients {
+            let bundle_of = |authority: &Arc<Authority>| authority.bundle().clone();
+            let following = clients.follow(custody.watch(), bundle_of, stop());
+            tasks.own("client certificates", following);
         }
+        tasks.own(port.names.port, port.bound.serve(app, stop()));
     }
 }
 
