@@ -9,7 +9,7 @@
 //! written, and in a second write, once the first was read back, it becomes `active` and the old key is gone. A process
 //! killed anywhere between leaves a journal from which the next step goes on; `next` is neither lost nor made twice.
 //!
-//! Below an operator's root nothing is made here; see [`plug`](mod@plug).
+//! Below an operator's root nothing is made here; see `rotation/plug.rs`.
 
 mod plug;
 

@@ -87,7 +87,7 @@ pub(super) fn elapsed(journal: &Journal, now: Timestamp) -> Option<Step> {
     Some(Step::Save(Box::new(next), done))
 }
 
-/// When [`elapsed`] has something to do.
+/// When `elapsed` has something to do.
 pub fn next_elapsed(journal: &Journal) -> Option<Timestamp> {
     let due = |authority: &RootAuthority| match authority.phase {
         Phase::Published if authority.is_next() => Some(activation(journal, authority)),
