@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod clock;
 pub mod hardening;
+pub mod memory;
 pub mod metrics;
 pub mod readiness;
 pub mod shutdown;

@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use crate::runtime::telemetry;
+use crate::runtime::{memory, telemetry};
 
 /// A registry that knows the build and the process; rooms add what they count. `started` is now.
 pub fn registry(started: Timestamp) -> Registry {
@@ -83,10 +83,7 @@ impl Collector for Process {
         gauge(
             "malha_memory_limit_bytes",
             "What the control group grants",
-            MEMORY_LIMIT.iter().find_map(|file| {
-                let limit = fs::read_to_string(file).ok()?;
-                limit.trim().parse().ok()
-            }),
+            memory::limit().map(|bytes| bytes as f64),
         )?;
         let mut counter = |name, help, value: f64| {
             let counter = ConstCounter::new(value);
@@ -110,12 +107,6 @@ impl Collector for Process {
         Ok(())
     }
 }
-
-/// Where the kernel tells a control group's limit: version 2 (`max` where there is none), version 1.
-const MEMORY_LIMIT: [&str; 2] = [
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-];
 
 /// A line of `/proc/self/status` such as `VmRSS:      1234 kB`, in bytes.
 fn kib(status: &str, key: &str) -> Option<f64> {

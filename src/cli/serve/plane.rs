@@ -140,8 +140,11 @@ struct Metrics {
     ads: ads::Metrics,
 }
 
-/// Two connections of each of 8,000 pods: its agent's and its proxy's. One costs its buffers, some 40 KiB in use.
+/// Two connections of each of 8,000 pods: its agent's and its proxy's.
 const CA_CONNECTIONS: usize = 16_384;
+/// Where memory is short, connections have half of it; each costs its buffers, in bytes. Whoever comes beyond them waits in
+/// the kernel, or is turned away and tries again: a herd must not end the process, and begin anew with its next life.
+const CONNECTION_MEMORY: u64 = 40 * 1024;
 
 /// Long enough that an agent which tries again, with growing pauses, finds its connection open.
 const CA_IDLE: Duration = Duration::from_secs(300);
@@ -405,7 +408,7 @@ impl Port {
         metrics: &Metrics,
     ) -> Result<Self, Failure> {
         let limits = Limits {
-            connections: CA_CONNECTIONS,
+            connections: ca_connections(runtime::memory::limit()),
             idle: CA_IDLE,
             ..limits
         };
@@ -470,6 +473,12 @@ impl Metrics {
         self.custody.register(registry);
         self.ads.register(registry);
     }
+}
+
+/// How many connections the CA port keeps in a process that may use so much memory, in bytes.
+fn ca_connections(memory: Option<u64>) -> usize {
+    let share = memory.map_or(u64::MAX, |bytes| bytes / 2 / CONNECTION_MEMORY);
+    usize::try_from(share).map_or(CA_CONNECTIONS, |share| share.min(CA_CONNECTIONS))
 }
 
 /// Opens the gate when every proxy can be answered.
