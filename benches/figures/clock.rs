@@ -90,19 +90,22 @@ pub(crate) fn readable(value: f64) -> String {
     }
 }
 
-/// Resident memory of a process in MiB.
+/// Memory in use.
 pub(crate) fn resident_mib(pid: u32) -> f64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .expect("Linux tells it");
-    let kib: f64 = line
-        .split_whitespace()
-        .nth(1)
-        .and_then(|number| number.parse().ok())
-        .expect("a number of KiB");
-    kib / 1024.0
+    status(pid, "VmRSS:").expect("the process runs")
+}
+
+/// Memory in use at most since the process began; `None` where it is gone.
+pub(crate) fn peak_mib(pid: u32) -> Option<f64> {
+    status(pid, "VmHWM:")
+}
+
+/// A line of `/proc/PID/status` that counts KiB, in MiB.
+fn status(pid: u32, name: &str) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with(name))?;
+    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024.0)
 }
 
 /// Processor, cores, kernel.

@@ -2,17 +2,19 @@
 //! was made.
 //!
 //! ```text
-//! make bench                     all of them (about three minutes after the build)
+//! make bench                     all of them (about twelve minutes after the build)
 //! make bench ARGS=inject         those whose name contains a word
 //! make bench ARGS=--quick        short rounds: is it still in order of magnitude?
 //! ```
 //!
-//! CPU time comes from the clocks of threads and processes, never from a wall clock on shared cores. Every figure is the
-//! median of at least five rounds, with the range beside it.
+//! CPU time comes from the clocks of threads and processes, never from a wall clock on shared cores. What does not
+//! take minutes is the median of at least five rounds, with the range beside it.
 
 mod clock;
 #[path = "../../tests/support/delta.rs"]
 mod delta;
+mod failing;
+mod herd;
 mod inject;
 mod issue;
 mod load;
@@ -73,5 +75,7 @@ fn main() {
     issue::run(&bench);
     serve::run(&bench);
     sign::run(&bench);
+    herd::run(&bench);
+    failing::run(&bench);
     mesh::run(&bench);
 }

@@ -4,9 +4,9 @@
 //! would share a small node.
 
 use std::{
-    fs,
+    fs, io,
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -169,6 +169,47 @@ pub(crate) fn stay_on(cores: usize) {
     sched_setaffinity(own, &kept).expect("fewer cores are always granted");
 }
 
+const MALHA: &str = env!("CARGO_BIN_EXE_malha");
+
+/// A control group whose processes may use so much memory together.
+pub(crate) struct Memory(PathBuf);
+
+impl Memory {
+    /// Takes root, and a kernel that counts memory by control groups of either version.
+    pub(crate) fn of(bytes: u64) -> io::Result<Self> {
+        let versions = [
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+        ];
+        let mut refused = io::ErrorKind::NotFound.into();
+        for (root, limit) in versions {
+            let group = Path::new(root).join(format!("malha-bench-{}", std::process::id()));
+            let made = fs::create_dir(&group).map(|()| Self(group));
+            let limited = made.and_then(|group| {
+                fs::write(group.0.join(limit), bytes.to_string())?;
+                Ok(group)
+            });
+            match limited {
+                Ok(group) => return Ok(group),
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // A process that was killed may not have left yet.
+        for _ in 0..100 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
 pub(crate) struct Server {
     child: Child,
     webhook: SocketAddr,
@@ -185,9 +226,21 @@ impl Server {
 
     /// As [`Self::start`], with the signer at an address.
     pub(crate) fn start_at(directory: &Path, ca: &str) -> Self {
+        Self::start_by(Command::new(MALHA), directory, ca)
+    }
+
+    /// As [`Self::start_at`], as a process that may use so much memory, and is killed where it takes more.
+    pub(crate) fn start_within(memory: &Memory, directory: &Path) -> Self {
+        let mut command = Command::new("sh");
+        let enter = r#"echo $$ >"$0/cgroup.procs" && exec "$@""#;
+        command.args(["-c", enter]).arg(&memory.0).arg(MALHA);
+        Self::start_by(command, directory, "127.0.0.1:0")
+    }
+
+    fn start_by(mut command: Command, directory: &Path, ca: &str) -> Self {
         let addresses = directory.join("addresses.json");
         let start = Instant::now();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_malha"))
+        let mut child = command
             .args([
                 "serve",
                 "--webhook-addr=127.0.0.1:0",

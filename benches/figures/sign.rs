@@ -6,6 +6,7 @@
 use std::{
     net::SocketAddr,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -26,14 +27,14 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{
     runtime::Builder,
     task::JoinSet,
-    time::{interval, sleep_until},
+    time::{interval, sleep_until, timeout},
 };
 use tonic::{Status, metadata::AsciiMetadataValue, transport::Channel};
 
 use crate::{
     Bench,
     clock::{self, Rounds},
-    delta::{NAME, connect},
+    delta::{NAME, connect, try_connect},
     serve::{CORES, Server, percentile, stay_on},
 };
 
@@ -69,7 +70,7 @@ pub(crate) fn run(bench: &Bench) {
 }
 
 async fn on_one_connection(bench: &Bench, server: &Server, clients: &mut Clients) {
-    let channel = clients.connect().await;
+    let channel = clients.signer.connect().await;
     let each = bench.round(Duration::from_secs(4));
     closed(&channel, clients, each / 4).await;
     let (mut by_core, mut rate) = (Rounds::default(), Rounds::default());
@@ -97,7 +98,7 @@ async fn on_one_connection(bench: &Bench, server: &Server, clients: &mut Clients
         p50.push(percentile(&latencies, 0.50));
         p99.push(percentile(&latencies, 0.99));
         // in turns, so that whatever else the machine does hits both alike
-        let noise = tokio::spawn(noise(clients.connect().await, clients.noisy()));
+        let noise = tokio::spawn(noise(clients.signer.connect().await, clients.noisy()));
         let latencies = open(&channel, clients, half, each).await;
         noise.abort();
         disturbed.push(percentile(&latencies, 0.99));
@@ -118,14 +119,10 @@ async fn all_at_once(bench: &Bench, clients: &mut Clients) {
         let start = Instant::now();
         let mut tries = JoinSet::new();
         for _ in 0..ACCOUNTS {
-            let (addr, roots, asked) = (clients.addr, clients.roots.clone(), clients.next());
+            let (signer, asked) = (clients.signer.clone(), clients.next());
             tries.spawn(async move {
-                let tried = async {
-                    let channel = connect(addr, NAME, &roots, None).await;
-                    call(&channel, asked).await
-                };
-                let answer = tokio::time::timeout(DEADLINE, tried).await;
-                answer.is_ok_and(|answer| answer.is_ok())
+                let served = timeout(DEADLINE, signer.serves(asked)).await;
+                served.unwrap_or(false)
             });
         }
         let served = tries.join_all().await;
@@ -143,10 +140,30 @@ async fn all_at_once(bench: &Bench, clients: &mut Clients) {
     bench.figure("csr_1000_lost", &lost, "clients", &how);
 }
 
-/// Everybody who may ask, and what they ask.
-struct Clients {
+/// Where to ask, and whom to trust.
+#[derive(Clone)]
+pub(crate) struct Signer {
     addr: SocketAddr,
-    roots: Vec<CertificateDer<'static>>,
+    roots: Arc<[CertificateDer<'static>]>,
+}
+
+impl Signer {
+    pub(crate) async fn connect(&self) -> Channel {
+        connect(self.addr, NAME, &self.roots, None).await
+    }
+
+    /// Whether one try, over a connection of its own, brings a certificate.
+    pub(crate) async fn serves(&self, asked: Asked) -> bool {
+        match try_connect(self.addr, NAME, &self.roots, None).await {
+            Ok(channel) => call(&channel, asked).await.is_ok(),
+            Err(_) => false,
+        }
+    }
+}
+
+/// Everybody who may ask, and what they ask.
+pub(crate) struct Clients {
+    pub(crate) signer: Signer,
     /// The last is the noisy one's.
     bearers: Vec<AsciiMetadataValue>,
     csr: String,
@@ -154,7 +171,7 @@ struct Clients {
 }
 
 impl Clients {
-    fn of(server: &Server, directory: &Path) -> Self {
+    pub(crate) fn of(server: &Server, directory: &Path) -> Self {
         let directory = Directory::open_existing(directory).expect("the server made it");
         let domain = "cluster.local".parse().expect("a trust domain");
         let maker = TokenMaker::open(&directory, domain).expect("its key");
@@ -168,22 +185,20 @@ impl Clients {
         let key = rcgen::KeyPair::generate().expect("a P-256 key");
         let csr = rcgen::CertificateParams::default().serialize_request(&key);
         Self {
-            addr: server.ca,
-            roots: CertificateDer::pem_slice_iter(&server.roots_pem)
-                .collect::<Result<_, _>>()
-                .expect("PEM"),
+            signer: Signer {
+                addr: server.ca,
+                roots: CertificateDer::pem_slice_iter(&server.roots_pem)
+                    .collect::<Result<_, _>>()
+                    .expect("PEM"),
+            },
             bearers: (0..=ACCOUNTS).map(bearer).collect(),
             csr: csr.and_then(|csr| csr.pem()).expect("a CSR"),
             asked: 0,
         }
     }
 
-    async fn connect(&self) -> Channel {
-        connect(self.addr, NAME, &self.roots, None).await
-    }
-
     /// One that was never asked, so that none is answered from memory: the lives differ where the tokens are the same.
-    fn next(&mut self) -> Asked {
+    pub(crate) fn next(&mut self) -> Asked {
         let number = self.asked;
         self.asked += 1;
         self.request(number % ACCOUNTS, number / ACCOUNTS)
@@ -206,9 +221,9 @@ impl Clients {
 }
 
 #[derive(Clone)]
-struct Asked {
-    bearer: AsciiMetadataValue,
-    message: IstioCertificateRequest,
+pub(crate) struct Asked {
+    pub(crate) bearer: AsciiMetadataValue,
+    pub(crate) message: IstioCertificateRequest,
 }
 
 /// The chain, roots last.
@@ -217,7 +232,10 @@ async fn ask(channel: &Channel, asked: Asked) -> Vec<String> {
     answer.expect("a certificate").cert_chain
 }
 
-async fn call(channel: &Channel, asked: Asked) -> Result<IstioCertificateResponse, Status> {
+pub(crate) async fn call(
+    channel: &Channel,
+    asked: Asked,
+) -> Result<IstioCertificateResponse, Status> {
     let mut request = tonic::Request::new(asked.message);
     request.metadata_mut().insert("authorization", asked.bearer);
     let mut client = IstioCertificateServiceClient::new(channel.clone());

@@ -102,6 +102,17 @@ pub(crate) async fn connect(
     roots: &[CertificateDer<'static>],
     shown: Option<Credentials>,
 ) -> Channel {
+    let answer = try_connect(addr, name, roots, shown).await;
+    answer.expect("the control plane answers over TLS")
+}
+
+/// A connection, or why there is none.
+pub(crate) async fn try_connect(
+    addr: SocketAddr,
+    name: &'static str,
+    roots: &[CertificateDer<'static>],
+    shown: Option<Credentials>,
+) -> Result<Channel, tonic::transport::Error> {
     let mut store = RootCertStore::empty();
     for root in roots {
         store.add(root.clone()).expect("a root certificate");
@@ -131,7 +142,6 @@ pub(crate) async fn connect(
     Endpoint::from_static("http://malha")
         .connect_with_connector(connector)
         .await
-        .expect("the control plane answers over TLS")
 }
 
 /// What a client knows: it outlives its connections, as Envoy's memory does.
