@@ -1,4 +1,4 @@
-//! The process: owned tasks, shutdown, readiness, the admin port, telemetry, the real clock.
+//! The process: owned tasks, shutdown, readiness, the admin port, telemetry, the real clock, the memory it may use.
 //!
 //! signals -> [`shutdown::Shutdown`] -> everyone's `CancellationToken`; [`tasks::Tasks`] -> who ended first;
 //! [`readiness::Readiness`] + metrics -> [`admin::router`]

@@ -2,13 +2,13 @@
 
 use std::{fs, io::Write as _, net::TcpStream, time::Duration};
 
-use tokio::{runtime::Builder, task::JoinSet, time::sleep};
+use tokio::{task::JoinSet, time::sleep};
 use tonic::transport::Channel;
 
 use crate::{
     Bench,
     clock::{self, Rounds},
-    serve::{CORES, Server, stay_on},
+    serve::{Server, generator},
     sign::{Asked, Clients, call},
 };
 
@@ -26,12 +26,7 @@ pub(crate) fn run(bench: &Bench) {
     if !bench.wants(&figures) {
         return;
     }
-    stay_on(CORES);
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(CORES)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = generator();
     let directory = tempfile::tempdir().expect("a directory");
     let server = Server::start_at(directory.path(), "127.0.0.1:0");
     let mut clients = Clients::of(&server, directory.path());

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use tokio::{
-    runtime::Builder,
     task::JoinSet,
     time::{sleep, sleep_until, timeout},
 };
@@ -11,7 +10,7 @@ use tokio::{
 use crate::{
     Bench,
     clock::{self, Rounds},
-    serve::{CORES, Memory, Server, percentile, stay_on},
+    serve::{Memory, Server, generator, percentile},
     sign::{Asked, Clients, Signer},
 };
 
@@ -46,12 +45,7 @@ pub(crate) fn run(bench: &Bench) {
             return;
         }
     };
-    stay_on(CORES);
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(CORES)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = generator();
     let mut told = [(); 5].map(|()| Rounds::default());
     for _ in 0..ROUNDS {
         let directory = tempfile::tempdir().expect("a directory");

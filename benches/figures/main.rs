@@ -2,7 +2,7 @@
 //! was made.
 //!
 //! ```text
-//! make bench                     all of them (about twelve minutes after the build)
+//! make bench                     all of them (about ten minutes after the build)
 //! make bench ARGS=inject         those whose name contains a word
 //! make bench ARGS=--quick        short rounds: is it still in order of magnitude?
 //! ```

@@ -158,7 +158,7 @@ pub(crate) fn percentile(latencies: &[Duration], share: f64) -> f64 {
 }
 
 /// This process, and those it starts, on so many cores and no more.
-pub(crate) fn stay_on(cores: usize) {
+fn stay_on(cores: usize) {
     let own = Pid::from_raw(0);
     let allowed = sched_getaffinity(own).expect("Linux tells it");
     let mut kept = CpuSet::new();
@@ -167,6 +167,16 @@ pub(crate) fn stay_on(cores: usize) {
         kept.set(core).expect("it is in the set");
     }
     sched_setaffinity(own, &kept).expect("fewer cores are always granted");
+}
+
+/// Who asks, on the cores of whoever answers.
+pub(crate) fn generator() -> Runtime {
+    stay_on(CORES);
+    Builder::new_multi_thread()
+        .worker_threads(CORES)
+        .enable_all()
+        .build()
+        .expect("a runtime")
 }
 
 const MALHA: &str = env!("CARGO_BIN_EXE_malha");

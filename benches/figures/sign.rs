@@ -25,7 +25,6 @@ use malha::{
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{
-    runtime::Builder,
     task::JoinSet,
     time::{interval, sleep_until, timeout},
 };
@@ -35,7 +34,7 @@ use crate::{
     Bench,
     clock::{self, Rounds},
     delta::{NAME, connect, try_connect},
-    serve::{CORES, Server, percentile, stay_on},
+    serve::{CORES, Server, generator, percentile},
 };
 
 const ROUNDS: usize = 5;
@@ -52,12 +51,7 @@ pub(crate) fn run(bench: &Bench) {
     if !bench.wants(&figures) && !bench.wants(&at_once) {
         return;
     }
-    stay_on(CORES);
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(CORES)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = generator();
     let directory = tempfile::tempdir().expect("a directory");
     let server = Server::start_at(directory.path(), "127.0.0.1:0");
     let mut clients = Clients::of(&server, directory.path());
